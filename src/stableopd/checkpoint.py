@@ -1,0 +1,138 @@
+"""Exact checkpoints: weights, optimizer and state, complete or not there at all.
+
+A checkpoint is a folder that `AutoModelForCausalLM.from_pretrained` loads, with the tokenizer beside the weights,
+plus `optimizer.safetensors` and `trainer_state.json`. It is written under a temporary name and renamed when it is
+complete; nothing in it is a pickle. Random draws of a run are keyed by (seed, step, prompt), so there is no random
+state to keep.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from stableopd.errors import RunFolderError
+from stableopd.types import TrainState
+
+_NAME = re.compile(r"^step-(\d{6,})$")
+_ASIDE = re.compile(r"^\.(new|old)-")
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    student: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+) -> Path:
+    """Write `folder/step-NNNNNN` and return it. One that is already there is left as it is."""
+    path = folder / f"step-{state.step:06d}"
+    if path.exists():
+        return path
+    aside = folder / f".new-{path.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_model(student, tokenizer, aside)
+    tensors, scalars = _flatten(optimizer.state_dict())
+    save_file(tensors, aside / "optimizer.safetensors")
+    (aside / "optimizer.json").write_text(json.dumps(scalars))
+    (aside / "trainer_state.json").write_text(json.dumps(state.to_json(), indent=2))
+    _flush_to_disk(aside)
+    aside.rename(path)
+    return path
+
+
+def save_model(student: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Weights (safetensors), configuration and tokenizer, as transformers writes them."""
+    student.save_pretrained(path)  # type: ignore[operator]
+    tokenizer.save_pretrained(str(path))
+
+
+def load_checkpoint(path: Path, *, student: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Put weights and optimizer state into the given objects, bit for bit, and return the state.
+
+    Raises: RunFolderError when the checkpoint does not belong to such a student or cannot be read.
+    """
+    try:
+        state = TrainState(**json.loads((path / "trainer_state.json").read_text()))
+        dtype = next(student.parameters()).dtype
+        saved = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        student.load_state_dict(saved.state_dict())
+        tensors = load_file(path / "optimizer.safetensors")
+        scalars = json.loads((path / "optimizer.json").read_text())
+        optimizer.load_state_dict(_unflatten(tensors, scalars))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{path} cannot be resumed from: {error}") from error
+    return state
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if path.is_dir() and _NAME.match(path.name)]
+    return sorted(found, key=_step_of)
+
+
+def rotate(folder: Path, *, keep_last: int, keep_step: int | None) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the one of step `keep_step`."""
+    for path in checkpoints_in(folder)[:-keep_last]:
+        if _step_of(path) != keep_step:
+            _remove(path)
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what a killed process left half written or half deleted."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if _ASIDE.match(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _step_of(path: Path) -> int:
+    match = _NAME.match(path.name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def _remove(path: Path) -> None:
+    aside = path.with_name(f".old-{path.name}")
+    path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush_to_disk(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, dict[str, Any]] = {}
+    for parameter, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{parameter}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                rest.setdefault(str(parameter), {})[name] = value
+    return tensors, {"state": rest, "param_groups": state["param_groups"]}
+
+
+def _unflatten(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(key): dict(value) for key, value in scalars["state"].items()}
+    for key, tensor in tensors.items():
+        parameter, name = key.split(".", 1)
+        state.setdefault(int(parameter), {})[name] = tensor
+    return {"state": state, "param_groups": scalars["param_groups"]}

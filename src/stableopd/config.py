@@ -1,0 +1,406 @@
+"""The configuration of a run: typed, nested, validated; unknown keys are refused.
+
+A YAML file, `key=value` overrides with dotted keys, and keyword arguments in Python all end in one
+`StableOPDConfig`. The names that TRL users know (`learning_rate`, `max_completion_length`, ...) are accepted
+at the top level and put where they belong.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stableopd.errors import ConfigError
+from stableopd.health.monitor import MonitorSettings
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Method = Literal["sft", "opd", "stableopd"]
+
+PRESETS: Mapping[str, Mapping[str, float]] = {
+    "sft": {"distill": 0.0, "gold": 1.0, "reference": 0.0},
+    "opd": {"distill": 1.0, "gold": 0.0, "reference": 0.0},
+    "stableopd": {"distill": 1.0, "gold": 1.0, "reference": 0.1},
+}
+"""Coefficients that `method` fills in; the paper gives no values, these are the ones measured in docs/demo.md."""
+
+FLAT_NAMES: Mapping[str, str] = {
+    "lambda_gold": "objective.gold.coef",
+    "beta_kl": "objective.reference.coef",
+    "learning_rate": "optimizer.learning_rate",
+    "weight_decay": "optimizer.weight_decay",
+    "max_grad_norm": "optimizer.max_grad_norm",
+    "warmup_steps": "optimizer.warmup_steps",
+    "lr_scheduler_type": "optimizer.schedule",
+    "bf16": "optimizer.bf16",
+    "gradient_checkpointing": "optimizer.gradient_checkpointing",
+    "max_completion_length": "rollout.max_completion_length",
+    "num_generations": "rollout.num_generations",
+    "temperature": "rollout.temperature",
+    "top_p": "rollout.top_p",
+    "top_k": "rollout.top_k",
+    "teacher_model_name_or_path": "teacher.model_name_or_path",
+    "eval_steps": "evaluation.every_steps",
+    "save_steps": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep_last",
+    "logging_steps": "logging.every_steps",
+    "report_to": "logging.report_to",
+}
+"""Names known from TRL (and the two of the paper), and where they live here."""
+
+HINTS: Mapping[str, str] = {
+    "per_device_train_batch_size": "set rollout.num_prompts (all processes together) and optimizer.micro_batch_tokens",
+    "gradient_accumulation_steps": "micro-batches follow from optimizer.micro_batch_tokens; the result does not change",
+    "num_train_epochs": "set max_steps; one step is one rollout batch of rollout.num_prompts prompts",
+    "beta": "say beta_kl (KL to the initial student) or lambda_gold (golden solutions)",
+    "use_vllm": "the rollout engine is rollout.engine",
+    "trust_remote_code": "code from a model repository is never run",
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """A Hugging Face causal language model: a local folder or a hub id."""
+
+    model_name_or_path: str | None = None
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    attn_implementation: str | None = None
+
+
+class StudentConfig(ModelConfig):
+    dtype: Dtype = "float32"
+    """Weights are kept in this dtype; with `optimizer.bf16` the arithmetic is bfloat16 all the same."""
+
+
+class DataConfig(Section):
+    path: str | None = None
+    """Local .jsonl, .json or .parquet file, a folder of them, or a hub dataset id."""
+    split: str | None = None
+    prompt_column: str = "prompt"
+    gold_column: str = "gold"
+    answer_column: str = "answer"
+    gold_weights_column: str | None = None
+    """Column with one loss weight per golden token, the end token included."""
+    gold_path: str | None = None
+    """A pool of prompts with gold, drawn from in place of the golden solution of each prompt."""
+    max_prompt_length: PositiveInt | None = None
+    """Longest prompt in tokens; without it, what the student's context leaves."""
+    shuffle: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class RolloutConfig(Section):
+    engine: Literal["hf"] = "hf"
+    num_prompts: PositiveInt = 64
+    """Prompts per step, all processes together."""
+    num_generations: PositiveInt = 4
+    max_completion_length: PositiveInt = 1024
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: NonNegativeInt = 0
+    max_batch_size: PositiveInt = 256
+    """Most sequences generated at a time in one process."""
+
+
+class DistillConfig(Section):
+    coef: NonNegative = 1.0
+    divergence: Literal["sampled_reverse_kl"] = "sampled_reverse_kl"
+    epsilon_low: Positive = 0.2
+    epsilon_high: Positive = 0.2
+
+
+class GoldConfig(Section):
+    coef: NonNegative = 0.0
+    """λ_gold of the paper."""
+
+
+class ReferenceConfig(Section):
+    coef: NonNegative = 0.0
+    """β_KL of the paper."""
+    estimator: Literal["exact", "k3"] = "exact"
+    """KL(student ‖ initial student) over the whole vocabulary, or from the sampled token."""
+
+
+class ObjectiveConfig(Section):
+    distill: DistillConfig = DistillConfig()
+    gold: GoldConfig = GoldConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+
+    @property
+    def needs_rollouts(self) -> bool:
+        return self.distill.coef > 0 or self.reference.coef > 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.distill.coef > 0
+
+    @property
+    def needs_gold(self) -> bool:
+        return self.gold.coef > 0
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.reference.coef > 0
+
+
+class OptimizerConfig(Section):
+    """AdamW. The schedule counts steps (rollout batches)."""
+
+    learning_rate: Positive = 1e-6
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    decay_start: Fraction = 0.0
+    """Share of max_steps after which the linear or cosine decay begins."""
+    num_minibatches: PositiveInt = 1
+    """Optimizer updates per pass over a rollout batch."""
+    num_epochs: PositiveInt = 1
+    """Passes over each rollout batch."""
+    micro_batch_tokens: PositiveInt = 16_384
+    """Most tokens, padding included, in one forward pass. Changes memory and speed, not the result."""
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+
+
+class HealthConfig(Section):
+    """Thresholds of the monitor; see docs/run_folder.md and `stableopd.health.MonitorSettings`."""
+
+    max_expected_length: PositiveInt | None = None
+    tail_chars: PositiveInt = 10_000
+    compression_threshold: Positive = 10.0
+    thresholds: dict[str, float] = Field(default_factory=dict)
+    """Any other field of MonitorSettings, by name."""
+
+    @model_validator(mode="after")
+    def _settings_are_possible(self) -> Self:
+        self.monitor_settings()
+        return self
+
+    def monitor_settings(self) -> MonitorSettings:
+        known = {name for name in MonitorSettings.__dataclass_fields__ if name not in type(self).model_fields}
+        for name in self.thresholds:
+            if name not in known:
+                raise ValueError(
+                    f"thresholds has no entry {name!r}{_nearest(name, known)}; known: {', '.join(sorted(known))}"
+                )
+        return MonitorSettings(
+            max_expected_length=self.max_expected_length,
+            tail_chars=self.tail_chars,
+            compression_threshold=self.compression_threshold,
+            **self.thresholds,  # type: ignore[arg-type]
+        )
+
+
+class EvaluationConfig(Section):
+    """Held-out prompts, answered by sampling and greedily while the run goes."""
+
+    path: str | None = None
+    split: str | None = None
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "validation"
+    every_steps: PositiveInt = 50
+    at_start: bool = True
+    num_prompts: PositiveInt | None = None
+    """The first so many prompts; all of them without it."""
+    num_samples: PositiveInt = 1
+    temperature: Positive = 0.6
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    greedy: bool = True
+    max_completion_length: PositiveInt | None = None
+    """Without it, the one of `rollout`."""
+    judge: str = "exact"
+    """`exact`, `math` (Math-Verify), or `package.module:function` taking (completion, answer)."""
+
+
+class CheckpointConfig(Section):
+    every_steps: PositiveInt = 100
+    keep_last: PositiveInt = 2
+    keep_best: bool = True
+    """Also keep the checkpoint with the best held-out accuracy (sampled)."""
+
+
+class LoggingConfig(Section):
+    every_steps: PositiveInt = 1
+    """How often a line goes to the console; metrics.jsonl has every step."""
+    rollouts_every_steps: PositiveInt = 10
+    num_rollouts: NonNegativeInt = 64
+    """Rollouts written to rollouts/ at those steps; 0 writes none."""
+    report_to: tuple[str, ...] = ()
+    """Trackers of accelerate: tensorboard, wandb, trackio, ..."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_tracker_is_a_list(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and isinstance(raw.get("report_to"), str):
+            name = raw["report_to"]
+            return {**raw, "report_to": () if name == "none" else (name,)}
+        return raw
+
+
+class StableOPDConfig(Section):
+    """One run: loss = distill + gold + reference, each with its coefficient, on rollouts of the student.
+
+    `method` fills the coefficients of `objective`; each can be set by itself.
+    """
+
+    method: Method = "stableopd"
+    student: StudentConfig = StudentConfig()
+    teacher: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    health: HealthConfig = HealthConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    seed: NonNegativeInt = 0
+    max_steps: PositiveInt = 500
+    num_processes: PositiveInt | None = None
+    """Refuse to start on another number of processes than this."""
+    output_dir: str = "runs/{method}"
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError.of(_explain(error)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, raw: Any) -> Any:
+        return _fill_preset(_lift_flat_names(raw)) if isinstance(raw, dict) else raw
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        objective, optimizer = self.objective, self.optimizer
+        if not (objective.needs_rollouts or objective.needs_gold):
+            raise ValueError("every coefficient of objective is 0: there is nothing to train on")
+        if optimizer.num_minibatches > self.rollout.num_prompts:
+            raise ValueError(
+                f"optimizer.num_minibatches is {optimizer.num_minibatches}, more than the "
+                f"{self.rollout.num_prompts} prompts of a step (rollout.num_prompts)"
+            )
+        if optimizer.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"optimizer.warmup_steps ({optimizer.warmup_steps}) leaves none of max_steps ({self.max_steps})"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir.replace("{method}", self.method))
+
+    @property
+    def eval_max_completion_length(self) -> int:
+        return self.evaluation.max_completion_length or self.rollout.max_completion_length
+
+
+def set_path(raw: dict[str, Any], dotted: str, value: Any, why: str) -> None:
+    *parents, leaf = dotted.split(".")
+    node = raw
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        elif not isinstance(child, dict):
+            raise ConfigError(f"{why}: {parent!r} is a value, not a section")
+        node = child
+    node[leaf] = value
+
+
+def _lift_flat_names(raw: Mapping[str, Any]) -> dict[str, Any]:
+    lifted = _plain_copy(raw)
+    for name, dotted in FLAT_NAMES.items():
+        if name not in lifted:
+            continue
+        value = lifted.pop(name)
+        if _has_path(lifted, dotted):
+            raise ValueError(f"{name!r} and {dotted!r} are the same setting; give one of them")
+        set_path(lifted, dotted, value, why=f"{name!r}")
+    return lifted
+
+
+def _plain_copy(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return _plain_copy(value.model_dump(exclude_unset=True))
+    if isinstance(value, Mapping):
+        return {key: _plain_copy(item) for key, item in value.items()}
+    return value
+
+
+def _has_path(raw: Mapping[str, Any], dotted: str) -> bool:
+    node: Any = raw
+    for part in dotted.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def _fill_preset(raw: dict[str, Any]) -> dict[str, Any]:
+    preset = PRESETS.get(str(raw.get("method", "stableopd")), {})
+    for term, coef in preset.items():
+        objective = raw.get("objective") or {}
+        section = objective.get(term) or {} if isinstance(objective, dict) else None
+        if isinstance(section, dict) and section.get("coef") is None:
+            raw["objective"] = {**objective, term: {**section, "coef": coef}}
+    return raw
+
+
+def _explain(error: ValidationError) -> list[tuple[str, str]]:
+    """(dotted key, what is wrong with it and what to do) for every problem."""
+    problems = []
+    for problem in error.errors():
+        dotted = ".".join(str(part) for part in problem["loc"])
+        unknown = problem["type"] == "extra_forbidden"
+        problems.append((dotted, _unknown_key(dotted) if unknown else _wrong_value(dotted, problem)))
+    return problems
+
+
+def _unknown_key(dotted: str) -> str:
+    leaf = dotted.rsplit(".", 1)[-1]
+    if leaf in HINTS:
+        return f"unknown key {dotted!r}: {HINTS[leaf]}"
+    known = list(_dotted_keys(StableOPDConfig))
+    return f"unknown key {dotted!r}{_nearest(dotted, [*known, *FLAT_NAMES])}"
+
+
+def _wrong_value(dotted: str, problem: Any) -> str:
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not dotted:
+        return message
+    shown = repr(problem["input"])
+    return f"{dotted}: {message[0].lower()}{message[1:]} (got {shown if len(shown) < 80 else shown[:77] + '...'})"
+
+
+def _dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _dotted_keys(info.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    """' (did you mean ...?)' by the whole dotted key, else by its last part."""
+    leaf = name.rsplit(".", 1)[-1]
+    by_leaf = {key.rsplit(".", 1)[-1]: key for key in known}
+    whole = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
+    found = whole or [by_leaf[match] for match in difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.7)]
+    return f" (did you mean {found[0]!r}?)" if found else ""

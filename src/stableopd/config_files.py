@@ -1,0 +1,123 @@
+"""Configurations as files: YAML with line numbers in every complaint, overrides, and what a resumed run may change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stableopd.config import FLAT_NAMES, StableOPDConfig, set_path
+from stableopd.errors import ConfigError
+
+_MAY_CHANGE_ON_RESUME = ("max_steps", "checkpoint", "logging", "output_dir", "num_processes")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StableOPDConfig:
+    """The configuration in a YAML file, with `dotted.key=value` overrides laid over it.
+
+    Raises: ConfigError for a missing file, broken YAML, a duplicate or unknown key, a wrong type or an
+    impossible value; the message has the line of the file where there is one.
+    """
+    raw, lines = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return StableOPDConfig(**raw)
+    except ConfigError as error:
+        raise ConfigError("\n".join(_placed(error, path, lines))) from None
+
+
+def check_resumable(path: Path, config: StableOPDConfig) -> None:
+    """Whether a run whose configuration is stored at `path` may go on with `config`; a missing file is fine.
+
+    Raises: ConfigError naming every setting that differs, but for those that do not touch what was done.
+    """
+    if not path.exists():
+        return
+    stored = flatten(_read_yaml(path)[0])
+    now = flatten(yaml.safe_load(dump_config(config)))
+    changed = [
+        f"{key}: {stored.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(stored.keys() | now.keys())
+        if key.split(".")[0] not in _MAY_CHANGE_ON_RESUME and stored.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{path.parent} was begun with another configuration and cannot go on with this one: "
+            f"{'; '.join(changed)}. Put the old values back, or choose another output_dir"
+        )
+
+
+def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat
+
+
+def dump_config(config: StableOPDConfig) -> str:
+    """The whole configuration as YAML, every default spelled out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a UTF-8 text file: {error}") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines = dict(_key_lines(node, path)) if node is not None else {}
+        raw = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path}{_yaml_problem(error)}") from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of keys to values, not a {type(raw).__name__}")
+    return raw, lines
+
+
+def _yaml_problem(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{where}: broken YAML: {getattr(error, 'problem', None) or error}"
+
+
+def _key_lines(node: yaml.Node, path: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[str] = set()
+    for key_node, value_node in node.value:
+        key, line = str(key_node.value), key_node.start_mark.line + 1
+        if key in seen:
+            raise ConfigError(f"{path}, line {line}: the key {prefix + key!r} is given twice; remove one of them")
+        seen.add(key)
+        yield prefix + key, line
+        yield from _key_lines(value_node, path, f"{prefix}{key}.")
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form key=value, such as optimizer.learning_rate=1e-6")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}{_yaml_problem(error)}") from None
+    if key in FLAT_NAMES:
+        raw.pop(key, None)
+    set_path(raw, FLAT_NAMES.get(key, key), value, why=f"override {override!r}")
+
+
+def _placed(error: ConfigError, path: str | Path, lines: Mapping[str, int]) -> Iterator[str]:
+    """Each problem with the file and the line that its key stands on."""
+    for dotted, message in error.problems:
+        flat = next((name for name, target in FLAT_NAMES.items() if target == dotted and name in lines), dotted)
+        line = lines.get(flat)
+        yield f"{path}, line {line}: {message}" if line else f"{path}: {message}"

@@ -1,0 +1,41 @@
+"""Health of on-policy distillation: how long, how repetitive, how truncated the rollouts are. Needs no torch."""
+
+from stableopd.health.monitor import HealthMonitor, MonitorSettings
+from stableopd.health.signals import (
+    LengthWarning,
+    SequenceLengths,
+    advantage_by_class,
+    check_sequence_length,
+    compression_ratio,
+    is_repetitive,
+    length_stats,
+    loop_mask,
+    loop_spans,
+    measure_rollouts,
+    repeated_token_mask,
+    repetition_rate,
+    token_fraction,
+    truncation_rate,
+)
+from stableopd.health.verdict import Verdict, judge_run
+
+__all__ = [
+    "HealthMonitor",
+    "LengthWarning",
+    "MonitorSettings",
+    "SequenceLengths",
+    "Verdict",
+    "advantage_by_class",
+    "check_sequence_length",
+    "compression_ratio",
+    "is_repetitive",
+    "judge_run",
+    "length_stats",
+    "loop_mask",
+    "loop_spans",
+    "measure_rollouts",
+    "repeated_token_mask",
+    "repetition_rate",
+    "token_fraction",
+    "truncation_rate",
+]

@@ -1,0 +1,394 @@
+"""What each alarm rule looks at, its levels, and the sentence that says what it means.
+
+A rule turns the present metrics and the run's history into a `Reading`: a value, the levels it is
+held against, and an explanation. Whether a reading becomes an alert is the monitor's affair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from numbers import Real
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+if TYPE_CHECKING:
+    from stableopd.health.monitor import MonitorSettings
+
+MEAN_LENGTH = "completions/mean_length"
+MAX_LENGTH = "completions/max_length"
+TRUNCATION = "completions/clipped_ratio"
+ACCURACY = "completions/accuracy"
+REPETITION = "health/repetition_rate"
+LOOPS = "health/loop_token_fraction"
+STOP_PROBE = "health/stop_probe"
+TRACKED = (MEAN_LENGTH, TRUNCATION, ACCURACY, REPETITION, LOOPS, STOP_PROBE)
+
+NEVER = math.inf
+NEVER_STOPS = 0.95
+EVAL_TRUNCATION_OF_COLLAPSE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """One rule's look at one step."""
+
+    signal: str
+    value: float
+    warning: float
+    critical: float
+    release: float
+    """An alert is over once the value is on the good side of this."""
+    seen: str
+    """What was seen and what it is compared to, ready to be followed by the threshold."""
+    advice: str
+    patience: int
+    falling: bool = False
+    """Low is bad instead of high."""
+    excused: bool = False
+    """Beyond its level for a good reason: no alert, but no all-clear either."""
+
+    @property
+    def level(self) -> int:
+        """0 fine, 1 warning, 2 critical."""
+        if self.excused:
+            return 0
+        return 2 if self._beyond(self.critical) else int(self._beyond(self.warning))
+
+    @property
+    def calm(self) -> bool:
+        return not self._beyond(self.release)
+
+    def _beyond(self, limit: float) -> bool:
+        return self.value < limit if self.falling else self.value > limit
+
+
+@dataclass(kw_only=True, slots=True)
+class Series:
+    """The first values of a signal (its baseline) and the last ones (its window)."""
+
+    first: list[float] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)
+
+    def push(self, value: float, baseline_steps: int, window: int) -> None:
+        if len(self.first) < baseline_steps:
+            self.first.append(value)
+        self.recent = [*self.recent, value][-window:]
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalSeries:
+    """The first, highest and last value of a held-out figure."""
+
+    first: float
+    best: float
+    last: float
+
+
+class History:
+    """What the run's signals were like at its start and are like now."""
+
+    def __init__(self, settings: MonitorSettings) -> None:
+        self.settings = settings
+        self.series: dict[str, Series] = {}
+        self.evals: dict[str, EvalSeries] = {}
+
+    def push(self, metrics: Mapping[str, float]) -> None:
+        for key, figure in metrics.items():
+            if not is_number(figure):
+                continue
+            value = float(figure)
+            if key in TRACKED:
+                self.series.setdefault(key, Series()).push(value, self.settings.baseline_steps, self.settings.window)
+            elif key.startswith("eval/") and key.endswith(("/accuracy", "/truncation_rate")):
+                before = self.evals.get(key, EvalSeries(first=value, best=value, last=value))
+                self.evals[key] = EvalSeries(first=before.first, best=max(before.best, value), last=value)
+
+    def now(self, key: str) -> float | None:
+        """Mean of the last `window` steps; None if never measured."""
+        series = self.series.get(key)
+        return _mean(series.recent) if series else None
+
+    def baseline(self, key: str) -> float | None:
+        """Mean of the first `baseline_steps` steps; None until they are complete."""
+        series = self.series.get(key)
+        complete = series and series.first and len(series.first) == self.settings.baseline_steps
+        return _mean(series.first) if series and complete else None
+
+    def eval_truncation(self, name: str) -> float | None:
+        """Last truncation rate on a held-out set, of greedy decoding where there is some."""
+        for key in (f"eval/{name}_greedy/truncation_rate", f"eval/{name}/truncation_rate"):
+            if key in self.evals:
+                return self.evals[key].last
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "series": {key: asdict(series) for key, series in self.series.items()},
+            "evals": {key: asdict(series) for key, series in self.evals.items()},
+        }
+
+    def load_json(self, state: Mapping[str, Any]) -> None:
+        self.series = {key: Series(first=[*s["first"]], recent=[*s["recent"]]) for key, s in state["series"].items()}
+        self.evals = {key: EvalSeries(**series) for key, series in state["evals"].items()}
+
+
+def read_all(metrics: Mapping[str, float], history: History) -> Iterator[tuple[str, Reading]]:
+    """(rule id, reading) for every rule whose signal is among this step's metrics."""
+    rules = {
+        "length_over_expected": (MAX_LENGTH, _length_over_expected),
+        "length_growth": (MEAN_LENGTH, _length_growth),
+        "truncation": (TRUNCATION, _truncation),
+        "repetition": (REPETITION, _repetition),
+        "loops": (LOOPS, _loops),
+        "stop_probe": (STOP_PROBE, _stop_probe),
+    }
+    for rule, (signal, read) in rules.items():
+        if is_number(metrics.get(signal)):
+            reading = read(metrics, history)
+            if reading is not None:
+                yield rule, reading
+    for key in metrics:
+        if key not in history.evals:
+            continue
+        if key.endswith("/accuracy"):
+            yield "eval_accuracy", _eval_accuracy(key, history)
+        else:
+            yield "eval_truncation", _eval_truncation(key, history)
+
+
+# ------------------------------------------------------------------------------------ the rules
+
+
+def _length_over_expected(metrics: Mapping[str, float], history: History) -> Reading | None:
+    bound = history.settings.max_expected_length
+    if bound is None:
+        return None
+    mean = metrics.get(MEAN_LENGTH, 0.0)
+    return Reading(
+        signal=MAX_LENGTH,
+        value=metrics[MAX_LENGTH],
+        warning=bound,
+        critical=bound if mean > bound else NEVER,
+        release=bound,
+        seen=f"The longest completion has {metrics[MAX_LENGTH]:.0f} tokens (mean {mean:.0f})",
+        advice=_advice(history),
+        patience=1,
+    )
+
+
+def _length_growth(metrics: Mapping[str, float], history: History) -> Reading | None:
+    settings, now, baseline = history.settings, history.now(MEAN_LENGTH), history.baseline(MEAN_LENGTH)
+    if now is None or not baseline:
+        return None
+    warning = settings.length_growth_warning * baseline
+    return Reading(
+        signal=MEAN_LENGTH,
+        value=now,
+        warning=warning,
+        critical=settings.length_growth_critical * baseline,
+        release=_release(warning, baseline, settings),
+        seen=f"Completions have {now:.1f} tokens on average ({_window(settings)}), {now / baseline:.2f} times the "
+        f"{baseline:.1f} of the first {settings.baseline_steps} steps",
+        advice=_advice(history),
+        patience=settings.patience,
+        excused=_grows_for_a_reason(history),
+    )
+
+
+def _truncation(metrics: Mapping[str, float], history: History) -> Reading | None:
+    settings, now, baseline = history.settings, history.now(TRUNCATION), history.baseline(TRUNCATION)
+    if now is None:
+        return None
+    warning, critical = settings.truncated_warning, NEVER
+    if baseline is not None:
+        # A pair may live with a high rate from the start: only a rise is critical, and one that fits below 1.
+        warning = min(warning, baseline + settings.truncation_rise_warning)
+        critical = baseline + min(settings.truncation_rise_critical, (1 - baseline) / 2)
+    return Reading(
+        signal=TRUNCATION,
+        value=now,
+        warning=warning,
+        critical=critical,
+        release=_release(warning, min(baseline or 0.0, warning), settings),
+        seen=f"{now:.0%} of the completions run out of budget ({_window(settings)}; "
+        f"{_since_start(baseline, settings)})",
+        advice=_advice(history),
+        patience=settings.patience,
+    )
+
+
+def _repetition(metrics: Mapping[str, float], history: History) -> Reading | None:
+    settings = history.settings
+    what = f"of the completions end in highly compressible text (over {settings.compression_threshold:g}x)"
+    return _share_reading(REPETITION, what, settings.repetition_warning, settings.repetition_critical, history)
+
+
+def _loops(metrics: Mapping[str, float], history: History) -> Reading | None:
+    settings, what = history.settings, "of all tokens lie in exact loops"
+    inside, outside = metrics.get("health/advantage_loop"), metrics.get("health/advantage_other")
+    if inside is not None and outside is not None:
+        what += f", with a mean advantage of {inside:+.3f} against {outside:+.3f} elsewhere"
+    return _share_reading(LOOPS, what, settings.loop_warning, settings.loop_critical, history)
+
+
+def _share_reading(signal: str, what: str, warning: float, critical: float, history: History) -> Reading | None:
+    """A share that ought to be near 0: warns on its value, critical on its rise over the run's start."""
+    settings, now, baseline = history.settings, history.now(signal), history.baseline(signal)
+    if now is None:
+        return None
+    waits_for_baseline = baseline is None and settings.baseline_steps > 0
+    return Reading(
+        signal=signal,
+        value=now,
+        warning=warning,
+        critical=NEVER if waits_for_baseline else _rise(baseline or 0.0, critical),
+        release=_release(warning, 0.0, settings),
+        seen=f"{now:.1%} {what} ({_window(settings)}; {_since_start(baseline, settings)})",
+        advice=_advice(history),
+        patience=settings.patience,
+    )
+
+
+def _stop_probe(metrics: Mapping[str, float], history: History) -> Reading | None:
+    settings, now, baseline = history.settings, history.now(STOP_PROBE), history.baseline(STOP_PROBE)
+    if now is None or not baseline:
+        return None
+    warning = (1 - settings.stop_probe_drop_warning) * baseline
+    return Reading(
+        signal=STOP_PROBE,
+        value=now,
+        warning=warning,
+        critical=-NEVER,
+        release=_release(warning, baseline, settings),
+        seen=f"The student ends a finished gold answer with probability {now:.2f} ({_window(settings)}; "
+        f"{baseline:.2f} in the first {settings.baseline_steps} steps)",
+        advice="It is unlearning to stop, which comes before truncation and loops. " + REMEDY,
+        patience=settings.patience,
+        falling=True,
+    )
+
+
+def _eval_accuracy(key: str, history: History) -> Reading:
+    settings, series, name = history.settings, history.evals[key], key.split("/")[1]
+    truncation = history.eval_truncation(name)
+    truncated = truncation is not None and truncation > EVAL_TRUNCATION_OF_COLLAPSE
+    warning = series.best - settings.accuracy_drop_warning
+    return Reading(
+        signal=key,
+        value=series.last,
+        warning=warning,
+        critical=series.best - settings.accuracy_drop_critical if truncated else -NEVER,
+        release=_release(warning, series.best, settings),
+        seen=f"Held-out accuracy on {name} is {series.last:.3f} after a best of {series.best:.3f}"
+        + (f", with {truncation:.0%} truncated" if truncation is not None else ""),
+        advice=f"{INFLATION} {REMEDY}" if truncated or _loops_seen(history) else FORGETTING,
+        patience=1,
+        falling=True,
+    )
+
+
+def _eval_truncation(key: str, history: History) -> Reading:
+    settings, series, name = history.settings, history.evals[key], key.split("/")[1]
+    warning = min(settings.truncated_warning, series.first + settings.truncation_rise_warning)
+    return Reading(
+        signal=key,
+        value=series.last,
+        warning=warning,
+        critical=NEVER,
+        release=_release(warning, min(series.first, warning), settings),
+        seen=f"{series.last:.0%} of the held-out answers on {name} run out of budget ({series.first:.0%} at first)",
+        advice="Decoding loops on held-out prompts often before training rollouts do. " + REMEDY,
+        patience=1,
+    )
+
+
+# ------------------------------------------------------------------------------------ what it means
+
+REMEDY = (
+    "What to do: turn on StableOPD, or raise its coefficients (objective.gold.coef, objective.reference.coef), "
+    "and go back to a checkpoint from before the rise."
+)
+INFLATION = (
+    "Likely cause: length inflation; the student falls into repetition, which the teacher finds easy to predict, "
+    "so that every update makes it more frequent."
+)
+END_TOKEN = (
+    "Likely cause: hardly anything has ever stopped by itself, so the end token or the chat template of student and "
+    "teacher differ, or the end token is not among those that generation stops at. "
+    "What to do: check the EOS ids (`stableopd doctor`) before training on."
+)
+BUDGET = (
+    "Likely cause: a budget too small for these answers, or an end token that is not recognised. "
+    "What to do: raise rollout.max_completion_length, and check the EOS ids (`stableopd doctor`)."
+)
+DRIFT = (
+    "No truncation or repetition was seen beside it, so this may be longer reasoning or the first sign of length "
+    "inflation: held-out accuracy tells which. " + REMEDY
+)
+FORGETTING = (
+    "Most answers still end, so this need not be length inflation. Likely cause: chance, if the evaluation is small, "
+    "or a learning rate that is too high. What to do: evaluate on more prompts, lower optimizer.learning_rate, or "
+    "raise objective.reference.coef."
+)
+UNMEASURED = " Loops were not measured: give the monitor texts or token_ids to tell this from length inflation."
+
+
+def _advice(history: History) -> str:
+    """The likely cause and what to do, from the signals side by side."""
+    settings = history.settings
+    truncation = history.now(TRUNCATION) or 0.0
+    started_at = history.baseline(TRUNCATION)
+    if truncation > NEVER_STOPS and (started_at is None or started_at > NEVER_STOPS):
+        return END_TOKEN
+    if _loops_seen(history):
+        return f"{INFLATION} {REMEDY}"
+    risen = truncation > (started_at or 0.0) + settings.truncation_rise_warning
+    cause = BUDGET if risen or truncation > settings.truncated_warning else DRIFT
+    measured = history.now(LOOPS) is not None or history.now(REPETITION) is not None
+    return cause if measured else cause + UNMEASURED
+
+
+def _loops_seen(history: History) -> bool:
+    settings = history.settings
+    loops, repetition = history.now(LOOPS) or 0.0, history.now(REPETITION) or 0.0
+    return loops > settings.loop_warning or repetition > settings.repetition_warning
+
+
+def _grows_for_a_reason(history: History) -> bool:
+    """Whether accuracy grows as well, with no sign of loops or truncation: longer reasoning, not inflation."""
+    settings = history.settings
+    held_out = [series for key, series in history.evals.items() if key.endswith("/accuracy")]
+    cut_off = [series for key, series in history.evals.items() if key.endswith("/truncation_rate")]
+    now, baseline = history.now(ACCURACY), history.baseline(ACCURACY)
+    accuracy = [s.last > s.first and s.last > s.best - settings.accuracy_drop_warning / 2 for s in held_out]
+    accuracy += [now > baseline] if now is not None and baseline is not None else []
+    truncation_rise = (history.now(TRUNCATION) or 0.0) - (history.baseline(TRUNCATION) or 0.0)
+    rises = [truncation_rise, *(series.last - series.first for series in cut_off)]
+    truncates_more = any(rise > settings.truncation_rise_warning for rise in rises)
+    return bool(accuracy) and all(accuracy) and not truncates_more and not _loops_seen(history)
+
+
+def _rise(baseline: float, rise: float) -> float:
+    return baseline + min(rise, (1 - baseline) / 2)
+
+
+def _release(warning: float, good: float, settings: MonitorSettings) -> float:
+    return good + settings.release_fraction * (warning - good)
+
+
+def _window(settings: MonitorSettings) -> str:
+    return "this step" if settings.window == 1 else f"mean of the last {settings.window} steps"
+
+
+def _since_start(baseline: float | None, settings: MonitorSettings) -> str:
+    return "no baseline yet" if baseline is None else f"{baseline:.1%} in the first {settings.baseline_steps} steps"
+
+
+def _mean(values: list[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a metric is a finite number; None, texts and NaN are not."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,79 @@
+"""Loading students, teachers and tokenizers; the frozen reference; what a model's context allows."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from stableopd.config import ModelConfig
+from stableopd.errors import ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+
+
+def load_model(config: ModelConfig, role: str) -> nn.Module:
+    """A causal language model from a local folder or the hub; safetensors only, no code from the repository.
+
+    Raises: ModelError when there is no such model or it cannot be loaded; `role` says which one it was.
+    """
+    name = _require_name(config, role)
+    options: dict[str, Any] = {"dtype": DTYPES[config.dtype], "revision": config.revision, "use_safetensors": True}
+    if config.attn_implementation:
+        options["attn_implementation"] = config.attn_implementation
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        raise _cannot_load("model", role, name, error) from error
+    return model
+
+
+def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model."""
+    name = _require_name(config, role)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, revision=config.revision, trust_remote_code=False
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError) as error:
+        raise _cannot_load("tokenizer", role, name, error) from error
+    return tokenizer
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """The model as it is now, never to be trained: the reference of a run."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Most tokens that the model's positions cover, when its configuration says so."""
+    config: Any = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    length = getattr(config, "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def _require_name(config: ModelConfig, role: str) -> str:
+    name = config.model_name_or_path
+    if not name:
+        raise ModelError(f"no {role} is given; set {role}.model_name_or_path to a local folder or a hub id")
+    if _looks_local(name) and not Path(name).is_dir():
+        raise ModelError(f"{role}.model_name_or_path: there is no folder {name!r}")
+    return name
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def _cannot_load(what: str, role: str, name: str, error: Exception) -> ModelError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return ModelError(
+        f"the {role} {what} {name!r} cannot be loaded: {lines[0]}\n"
+        f"{role}.model_name_or_path must be a folder written by save_pretrained (config.json, model.safetensors, "
+        "tokenizer files) or the id of such a repository on the hub"
+    )

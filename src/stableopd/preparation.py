@@ -1,0 +1,156 @@
+"""Everything a run needs before its first step: data and models loaded, and refused when they do not fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from stableopd.config import StableOPDConfig
+from stableopd.data import GoldPool, PromptStream, load_examples, read_rows
+from stableopd.errors import ConfigError, DataError, ModelError
+from stableopd.models import context_length
+from stableopd.types import Example
+from stableopd.vocabulary import vocab_size
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunData:
+    """What a run reads: prompts step by step, gold from a pool where there is one, held-out prompts."""
+
+    stream: PromptStream
+    gold_pool: GoldPool | None
+    held_out: list[Example]
+
+    def gold(self, step: int, examples: list[Example]) -> list[Example]:
+        """One golden solution for each prompt of the step: its own, or one from the pool."""
+        return examples if self.gold_pool is None else self.gold_pool.batch(step, len(examples))
+
+
+def prepare_data(
+    config: StableOPDConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+    train_dataset: Rows | None,
+    eval_dataset: Rows | None,
+) -> RunData:
+    """Raises: DataError or ConfigError for data that this run cannot use."""
+    needs_gold = config.objective.needs_gold
+    longest_prompt = _longest_prompt(config, context)
+    rows = _rows(train_dataset, config.data.path, config.data.split, "data.path")
+    source = config.data.path or "train_dataset"
+    examples = _load(config, tokenizer, rows, source, longest_prompt, needs_gold and not config.data.gold_path)
+    pool = None
+    if needs_gold and config.data.gold_path:
+        pool_rows = read_rows(config.data.gold_path, config.data.split)
+        pool_examples = _load(config, tokenizer, pool_rows, config.data.gold_path, longest_prompt, require_gold=True)
+        pool = GoldPool(pool_examples, seed=config.seed)
+    _check_gold_fits(pool_examples if pool else examples, context, needs_gold)
+    held_out = []
+    if eval_dataset is not None or config.evaluation.path:
+        eval_rows = _rows(eval_dataset, config.evaluation.path, config.evaluation.split, "evaluation.path")
+        source = config.evaluation.path or "eval_dataset"
+        held_out = _load(config, tokenizer, eval_rows, source, longest_prompt, require_gold=False)
+    stream = PromptStream(
+        examples, num_prompts=config.rollout.num_prompts, seed=config.seed, shuffle=config.data.shuffle
+    )
+    return RunData(stream=stream, gold_pool=pool, held_out=held_out[: config.evaluation.num_prompts])
+
+
+def check_models(
+    student: nn.Module, teacher: nn.Module | None, tokenizer: PreTrainedTokenizerBase, config: StableOPDConfig
+) -> None:
+    """Raises: ModelError when a model has fewer embeddings than the tokenizer has ids, or too short a context."""
+    num_ids = vocab_size(tokenizer)
+    for role, model in (("student", student), ("teacher", teacher)):
+        if model is None:
+            continue
+        rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        if rows < num_ids:
+            raise ModelError(
+                f"the {role} has {rows} embeddings and the student's tokenizer {num_ids} ids; they are not a pair. "
+                f"Resize the {role}'s embeddings or take the tokenizer that it was trained with"
+            )
+        context, budget = context_length(model), config.rollout.max_completion_length
+        if config.objective.needs_rollouts and context is not None and context <= budget:
+            raise ConfigError(
+                f"rollout.max_completion_length is {budget}, but the {role}'s context is {context} tokens, prompt "
+                "included; lower it"
+            )
+
+
+def check_processes(accelerator: Accelerator, expected: int | None) -> None:
+    """Refuses a launch in which the processes would not train together.
+
+    Raises: ConfigError when the world size is not the one asked for, or the launch uses a backend that is not
+    supported.
+    """
+    found = accelerator.num_processes
+    asked = expected or int(os.environ.get("WORLD_SIZE", "1"))
+    if found != asked:
+        raise ConfigError(
+            f"{asked} processes were asked for and {found} train together. On CPUs launch with "
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m stableopd train ..."
+        )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"{accelerator.distributed_type.value} is not supported; launch with torchrun (data parallel)"
+        )
+
+
+def _rows(dataset: Rows | None, path: str | None, split: str | None, key: str) -> Rows:
+    if dataset is not None:
+        return dataset
+    if not path:
+        raise ConfigError(f"no data is given; set {key} to a .jsonl or .parquet file or a hub dataset id")
+    return read_rows(path, split)
+
+
+def _load(
+    config: StableOPDConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    source: str,
+    longest_prompt: int | None,
+    require_gold: bool,
+) -> list[Example]:
+    data = config.data
+    return load_examples(
+        rows,
+        tokenizer,
+        prompt_column=data.prompt_column,
+        gold_column=data.gold_column,
+        answer_column=data.answer_column,
+        gold_weights_column=data.gold_weights_column if require_gold else None,
+        source=source,
+        max_prompt_tokens=longest_prompt,
+        require_gold=require_gold,
+        chat_template_kwargs=data.chat_template_kwargs,
+    )
+
+
+def _longest_prompt(config: StableOPDConfig, context: int | None) -> int | None:
+    budget = max(config.rollout.max_completion_length, config.eval_max_completion_length)
+    room = None if context is None else context - budget
+    limits = [limit for limit in (config.data.max_prompt_length, room) if limit is not None]
+    return max(1, min(limits)) if limits else None
+
+
+def _check_gold_fits(examples: list[Example], context: int | None, needs_gold: bool) -> None:
+    if not needs_gold or context is None:
+        return
+    for example in examples:
+        length = len(example.prompt_ids) + len(example.gold_ids or ())
+        if length > context:
+            raise DataError(
+                f"row {example.index}: prompt and gold have {length} tokens, more than the model's context of "
+                f"{context}; remove the row or take a shorter golden solution (truncated gold teaches never to stop)"
+            )

@@ -1,0 +1,66 @@
+"""The seams of a run: what an engine, a teacher, a judge, a callback and a metric sink must offer.
+
+Plain structural protocols. Anything with these methods fits; nothing has to inherit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from stableopd.types import Example, HealthReport, RolloutBatch, Sampling, TokenScores
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Judge = Callable[[str, str], bool]
+"""(completion text, reference answer) -> is the completion right?"""
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Draws completions from the student."""
+
+    def generate(self, examples: Sequence[Example], sampling: Sampling, *, step: int) -> RolloutBatch:
+        """`sampling.num_generations` completions for each example, grouped by example.
+
+        A completion depends on the weights and on (sampling.seed, step, example.index, number of
+        the generation) alone: not on the other rows, nor on their order.
+        """
+        ...
+
+    def sync_weights(self, student: nn.Module, policy_version: int) -> None:
+        """Make the next rollouts come from these weights."""
+        ...
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """Scores tokens that the student has generated."""
+
+    def score(self, rollouts: RolloutBatch, *, temperature: float) -> TokenScores:
+        """Log-probability of every completion token under softmax(logits / temperature)."""
+        ...
+
+
+@runtime_checkable
+class MetricSink(Protocol):
+    """Takes one flat record of metrics per step."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Callback:
+    """Looks on while a run goes. Override what you need; return values are ignored."""
+
+    def on_train_begin(self, trainer: Any) -> None: ...
+
+    def on_step_end(self, trainer: Any, metrics: Mapping[str, float], health: HealthReport | None) -> None: ...
+
+    def on_evaluate(self, trainer: Any, metrics: Mapping[str, float]) -> None: ...
+
+    def on_save(self, trainer: Any, path: str) -> None: ...
+
+    def on_train_end(self, trainer: Any) -> None: ...

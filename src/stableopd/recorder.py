@@ -1,0 +1,144 @@
+"""Writes a run folder so that a kill at any instant loses at most the step under way.
+
+Lines are appended whole and flushed; other files are written aside and renamed. On resume, whatever lies
+beyond the checkpoint is cut off again, since those steps are about to be repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+from stableopd.errors import RunFolderError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: runs go unlocked there
+    fcntl = None  # type: ignore[assignment]
+
+_PACKAGES = ("stableopd", "torch", "transformers", "accelerate", "tokenizers", "numpy")
+
+
+class RunRecorder:
+    """The writer of one run folder. Holds a lock on it for as long as the process lives."""
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        self.path = path
+        occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        if occupied and not path.is_dir():
+            raise RunFolderError(f"{path} is a file; output_dir must be a folder")
+        if occupied and not resume:
+            raise RunFolderError(
+                f"{path} already holds something. Go on with the run that is there with --resume, "
+                "or choose another output_dir; an existing run is never overwritten"
+            )
+        try:
+            (path / "rollouts").mkdir(parents=True, exist_ok=True)
+            (path / "checkpoints").mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be made: {error.strerror or error}") from error
+        self._lock = _lock_folder(path)
+
+    def start(self, config_yaml: str, after_step: int | None) -> None:
+        """Write configuration and environment; keep only records up to `after_step` (None: keep nothing)."""
+        write_atomically(self.path / "config.yaml", config_yaml)
+        write_atomically(self.path / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
+        last = -1 if after_step is None else after_step
+        for name in ("metrics.jsonl", "alerts.jsonl"):
+            _keep_until(self.path / name, last)
+        for file in (self.path / "rollouts").glob("step-*.jsonl"):
+            if int(file.stem.removeprefix("step-")) > last:
+                file.unlink()
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        _append_line(self.path / "metrics.jsonl", {"step": step, **metrics})
+
+    def alerts(self, alerts: Iterable[Mapping[str, Any]]) -> None:
+        for alert in alerts:
+            _append_line(self.path / "alerts.jsonl", alert)
+
+    def rollouts(self, step: int, rollouts: Iterable[Mapping[str, Any]]) -> None:
+        text = "".join(_json_line(rollout) for rollout in rollouts)
+        write_atomically(self.path / "rollouts" / f"step-{step:06d}.jsonl", text)
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file holds either its old content or all of the new, whatever happens meanwhile."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions and machine, for whoever reads the run later. No host or user names."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _lock_folder(path: Path) -> IO[str]:
+    lock = (path / ".lock").open("w")
+    if fcntl is None:
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise RunFolderError(f"{path} is being written by another process; wait for it or stop it first") from None
+    return lock
+
+
+def _json_line(record: Mapping[str, Any]) -> str:
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+    return json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _append_line(path: Path, record: Mapping[str, Any]) -> None:
+    data = _json_line(record).encode("utf-8", errors="backslashreplace")
+    with path.open("ab", buffering=0) as file:
+        file.write(data)
+
+
+def _keep_until(path: Path, last_step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue  # torn by a kill; its step is repeated
+        if step <= last_step:
+            kept.append(line)
+    write_atomically(path, "".join(kept))

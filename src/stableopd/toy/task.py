@@ -1,0 +1,304 @@
+"""The toy world: running sums that a reflective teacher likes to check once more than is good.
+
+A prompt is L digits and `:`. An attempt is the L running sums modulo 10; then `;` and a verdict:
+`y=ANSWER$` stops, `w` ("wait") starts another attempt. A character is a token, `$` ends a sequence.
+
+    1234:1360;y=0$            the gold chain of 1234
+    1234:;y=0$                its terse gold: right, but without working
+    1234:1471;w1360;y=0$      a slip at the second sum, which propagates; noticed and mended
+    1234:1360;w1360;w1360     a right attempt that is checked again and again: how lengths inflate
+
+All samplers draw from the generator they are given and return a `Sample`, the text of a completion
+and a loss weight per character. This module needs numpy and the standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from itertools import accumulate, product
+from typing import NamedTuple
+
+from numpy.random import Generator
+
+ALPHABET = "0123456789:;yw=$_"
+EOS = "$"
+PAD = "_"
+
+_HELD_OUT_FRACTION = 0.2
+_FINAL_ANSWER = re.compile(rf"y=(\d){re.escape(EOS)}?{PAD}*\Z")
+
+
+class Sample(NamedTuple):
+    """A completion to learn from: its text, and the loss weight of each character (`$` included)."""
+
+    text: str
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """Settings of a world: its prompts, the style of its gold, the habits of its teacher and student.
+
+    A habit grows with `run`, the number of copies in a row of the attempt just judged: 0 after a
+    newly made attempt, so that `copy_base` and `recheck_base` are the habits at a first verdict.
+    """
+
+    num_digits: int = 4
+    terse_fraction: float = 0.0
+    """Share of golden solutions that are answer-only."""
+
+    wrong_first_fraction: float = 0.4
+    """Share of teacher traces whose first attempt is wrong."""
+    single_slip_fraction: float = 0.5
+    """Share of wrong attempts with exactly one slip; the others have 1 to `num_digits`, all as likely."""
+    copy_base: float = 0.45
+    copy_growth: float = 0.6
+    """After a wrong attempt: p(copy it) = base + (1 − base) · (1 − growth^run)."""
+    repair_fraction: float = 0.8
+    """Share of right ones among the new attempts that follow a wrong one."""
+    recheck_base: float = 0.2
+    recheck_span: float = 0.79
+    recheck_growth: float = 0.6
+    """After a right attempt: p(copy it instead of stopping) = base + span · (1 − growth^run)."""
+    direct_start_fraction: float = 0.0
+    """Share of teacher traces that begin with `;w`, a direct answer thought better of."""
+    max_trace_tokens: int = 100
+
+    slip_weight: float = 0.0
+    """Loss weight of the digits of a newly made wrong attempt: slips are seen, but not taught."""
+    verdict_weight: float = 3.0
+    """Loss weight of the character that decides, `y` or `w`. All else has weight 1."""
+
+    drill_fraction: float = 0.4
+    """Student: share of the copying drill in `copying_example`."""
+    drill_wrong_fraction: float = 0.7
+    drill_max_copies: int = 5
+    single_recheck_fraction: float = 0.01
+    """Student: share of re-checked solutions in `recheck_example`."""
+
+    @classmethod
+    def a(cls) -> World:
+        """World A: all gold is a chain."""
+        return cls()
+
+    @classmethod
+    def t4(cls) -> World:
+        """World T4: 40% of the gold is terse, and the teacher answers a direct guess with `w` and a chain."""
+        return cls(terse_fraction=0.4, direct_start_fraction=0.015)
+
+    def with_clean_teacher(self) -> World:
+        """The same world with a teacher that hardly loops, even when decoded greedily."""
+        return replace(
+            self,
+            copy_base=0.3,
+            copy_growth=0.7,
+            recheck_base=0.1,
+            recheck_span=0.8,
+            recheck_growth=0.8,
+        )
+
+    def with_moderate_teacher(self) -> World:
+        """The same world with a teacher whose re-checking lies between the standard and the clean one's."""
+        return replace(self, recheck_base=0.15, recheck_span=0.8, recheck_growth=0.7)
+
+    def copy_probability(self, run: int) -> float:
+        """p(copy | wrong attempt that is the `run`-th copy in a row)."""
+        return self.copy_base + (1 - self.copy_base) * (1 - self.copy_growth**run)
+
+    def recheck_probability(self, run: int) -> float:
+        """p(`w` | right attempt that is the `run`-th copy in a row)."""
+        return self.recheck_base + self.recheck_span * (1 - self.recheck_growth**run)
+
+
+def prompts(world: World) -> list[str]:
+    """All 10^L digit strings, in numerical order. A prompt is named by its digits, without the `:`."""
+    return ["".join(digits) for digits in product("0123456789", repeat=world.num_digits)]
+
+
+def prompt_text(prompt: str) -> str:
+    """What the model reads: the digits and `:`."""
+    return f"{prompt}:"
+
+
+def is_held_out(prompt: str) -> bool:
+    """Whether a prompt belongs to validation: one in five, by a hash of its digits, in every world."""
+    return _stable_uniform(prompt, purpose="held-out") < _HELD_OUT_FRACTION
+
+
+def is_terse(world: World, prompt: str) -> bool:
+    """Whether the golden solution of a prompt is answer-only, by a hash of its digits."""
+    return _stable_uniform(prompt, purpose="terse") < world.terse_fraction
+
+
+def chain(prompt: str) -> str:
+    """The right attempt: running sums of the digits, modulo 10."""
+    return _running_sums(int(digit) for digit in prompt)
+
+
+def answer(prompt: str) -> str:
+    """The last running sum."""
+    return chain(prompt)[-1]
+
+
+def solution(prompt: str, *, terse: bool) -> str:
+    """A right completion: `SSSS;y=A$`, or `;y=A$` when terse."""
+    working = "" if terse else chain(prompt)
+    return f"{working};y={answer(prompt)}{EOS}"
+
+
+def gold(world: World, prompt: str) -> str:
+    """The golden solution of a prompt: always the same one."""
+    return solution(prompt, terse=is_terse(world, prompt))
+
+
+def judge(completion: str, answer: str) -> bool:
+    """Whether a completion ends in `y=ANSWER`, with or without its special tokens.
+
+    Only the end counts: neither the working nor an answer in the middle does. A completion cut off
+    at its length limit is therefore wrong, unless the limit fell exactly on the answer.
+    """
+    final = _FINAL_ANSWER.search(completion)
+    return final is not None and final[1] == answer
+
+
+def teacher_trace(world: World, prompt: str, rng: Generator) -> Sample:
+    """One trace of the reflective teacher, with its loss weights.
+
+    A wrong attempt is always followed by `w`, then by a copy of itself or by a new attempt; a right
+    one by `w` and a copy, or by the answer. A copy is taught even where it copies a slip. A trace
+    that reaches `max_trace_tokens` is cut there and has no `$`.
+    """
+    script = _Script(world, prompt)
+    if rng.random() < world.direct_start_fraction:
+        script.wait()
+    wrong = rng.random() < world.wrong_first_fraction
+    attempt = wrong_attempt(world, prompt, rng) if wrong else script.right
+    run = 0
+    while len(script) < world.max_trace_tokens:
+        script.attempt(attempt, copied=run > 0)
+        right = attempt == script.right
+        if right and rng.random() >= world.recheck_probability(run):
+            script.stop()
+            break
+        script.wait()
+        if right or rng.random() < world.copy_probability(run):
+            run += 1
+        else:
+            repaired = rng.random() < world.repair_fraction
+            attempt = script.right if repaired else wrong_attempt(world, prompt, rng)
+            run = 0
+    return script.sample(world.max_trace_tokens)
+
+
+def verification_example(world: World, prompt: str, rng: Generator) -> Sample:
+    """One attempt and its verdict, half of them wrong: `SSSS;y=A$` or `SSSS;w`, which ends there.
+
+    Weighted as in a trace: the digits of a wrong attempt have weight 0, the verdict `y` or `w` has 3.
+    """
+    script = _Script(world, prompt)
+    if rng.random() < 0.5:
+        script.attempt(wrong_attempt(world, prompt, rng))
+        script.wait()
+    else:
+        script.attempt(script.right)
+        script.stop()
+    return script.sample()
+
+
+def copying_example(world: World, prompt: str, rng: Generator) -> Sample:
+    """First phase of the student's cold start: gold, and in 40% a drill in copying; weight 1 throughout.
+
+    The drill is one attempt, 70% wrong, then 1-5 copies of it, each after `;w`, then `;w` and the gold
+    chain. Outside the drill gold is terse with probability `terse_fraction`, drawn anew each time.
+    """
+    if rng.random() >= world.drill_fraction:
+        return _evenly_weighted(_fresh_gold(world, prompt, rng))
+    wrong = rng.random() < world.drill_wrong_fraction
+    attempt = wrong_attempt(world, prompt, rng) if wrong else chain(prompt)
+    num_copies = int(rng.integers(1, world.drill_max_copies + 1))
+    return _evenly_weighted(f"{attempt};w" * (1 + num_copies) + solution(prompt, terse=False))
+
+
+def recheck_example(world: World, prompt: str, rng: Generator) -> Sample:
+    """Second phase of the student's cold start: gold, and in 1% a single re-check; weight 1 throughout.
+
+    A re-check is `SSSS;w` and the gold chain, or, with probability `terse_fraction`, `;w` and the gold
+    chain. The gold of the other 99% is terse with the same probability.
+    """
+    if rng.random() >= world.single_recheck_fraction:
+        return _evenly_weighted(_fresh_gold(world, prompt, rng))
+    first = "" if rng.random() < world.terse_fraction else chain(prompt)
+    return _evenly_weighted(f"{first};w{solution(prompt, terse=False)}")
+
+
+def wrong_attempt(world: World, prompt: str, rng: Generator) -> str:
+    """An attempt with k slips at different places, each of which propagates to all later sums.
+
+    k is 1 with probability `single_slip_fraction`, else uniform over 1..L. The sum at the first slip
+    is always off; later slips may cancel it, so that even the last sum can be right by chance.
+    """
+    num_digits = world.num_digits
+    single = rng.random() < world.single_slip_fraction
+    num_slips = 1 if single else int(rng.integers(1, num_digits + 1))
+    steps = [int(digit) for digit in prompt]
+    for place in rng.permutation(num_digits)[:num_slips]:
+        steps[place] += int(rng.integers(1, 10))
+    return _running_sums(steps)
+
+
+@dataclass(slots=True)
+class _Script:
+    """A weighted completion in the making."""
+
+    world: World
+    prompt: str
+    right: str = field(init=False)
+    text: str = field(init=False, default="")
+    weights: list[float] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.right = chain(self.prompt)
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def attempt(self, sums: str, *, copied: bool = False) -> None:
+        slipped = sums != self.right and not copied
+        self._write(sums, self.world.slip_weight if slipped else 1.0)
+
+    def wait(self) -> None:
+        self._write(";", 1.0)
+        self._write("w", self.world.verdict_weight)
+
+    def stop(self) -> None:
+        self._write(";", 1.0)
+        self._write("y", self.world.verdict_weight)
+        self._write(f"={self.right[-1]}{EOS}", 1.0)
+
+    def sample(self, max_tokens: int | None = None) -> Sample:
+        return Sample(self.text[:max_tokens], tuple(self.weights[:max_tokens]))
+
+    def _write(self, text: str, weight: float) -> None:
+        self.text += text
+        self.weights += [weight] * len(text)
+
+
+def _fresh_gold(world: World, prompt: str, rng: Generator) -> str:
+    return solution(prompt, terse=bool(rng.random() < world.terse_fraction))
+
+
+def _evenly_weighted(text: str) -> Sample:
+    return Sample(text, (1.0,) * len(text))
+
+
+def _running_sums(steps: Iterable[int]) -> str:
+    return "".join(str(total % 10) for total in accumulate(steps))
+
+
+def _stable_uniform(prompt: str, purpose: str) -> float:
+    """A number in [0, 1) that depends on the digits and the purpose alone, on every machine."""
+    digest = blake2b(prompt.encode(), digest_size=8, person=purpose.encode()).digest()
+    return int.from_bytes(digest, "big") / 2**64

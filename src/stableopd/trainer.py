@@ -1,0 +1,423 @@
+"""The loop: generate, look, score, update, log, evaluate, save; and the TRL-shaped facade around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from stableopd.checkpoint import checkpoints_in, clean_up, load_checkpoint, rotate, save_checkpoint, save_model
+from stableopd.config import StableOPDConfig
+from stableopd.config_files import check_resumable, dump_config, flatten
+from stableopd.evaluate import Completion, decode, evaluate
+from stableopd.health.monitor import HealthMonitor
+from stableopd.health.signals import is_repetitive
+from stableopd.judges import get_judge
+from stableopd.metrics import Stopwatch, TrackerSink, mean_of
+from stableopd.models import context_length, frozen_copy, load_model, load_tokenizer
+from stableopd.optimizer import adamw, learning_rate_at
+from stableopd.preparation import Rows, check_models, check_processes, prepare_data
+from stableopd.protocols import Callback
+from stableopd.recorder import RunRecorder
+from stableopd.rollout.hf import HFEngine
+from stableopd.step import TrainingRows, Updater, concat_rows, gold_rows, minibatches, rollout_rows
+from stableopd.teachers.local import LocalTeacher
+from stableopd.types import Example, HealthReport, RolloutBatch, Sampling, TokenScores, TrainState
+from stableopd.vocabulary import check_same_vocabulary, end_token_ids, pad_token_id, vocab_size
+
+_TRAIN_STREAM, _EVAL_STREAM, _MINIBATCH_STREAM = 1, 2, 3
+
+
+class StableOPDTrainer:
+    """Trains a student on its own rollouts under a teacher, with golden solutions and a tie to where it began.
+
+    Args:
+        model: the student: a model, a local folder or a hub id. Default: `args.student`.
+        teacher_model: likewise; default `args.teacher`. Not loaded when no term needs it.
+        args: the configuration of the run.
+        train_dataset: rows with a prompt (text or chat messages) and, where the gold term is on, a golden solution;
+            anything that yields mappings. Default: `args.data.path`.
+        eval_dataset: held-out rows with an answer. Default: `args.evaluation.path`; none is fine.
+        processing_class: the student's tokenizer; default: the one beside the student.
+        callbacks: see `stableopd.protocols.Callback`.
+
+    Raises: ConfigError, DataError or ModelError before anything is written, when the run cannot work.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module | None = None,
+        teacher_model: str | nn.Module | None = None,
+        args: StableOPDConfig | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.config = config = _with_names(args or StableOPDConfig(), model, teacher_model)
+        self.callbacks = list(callbacks)
+        self.accelerator = Accelerator(log_with=list(config.logging.report_to) or None, project_dir=str(config.run_dir))
+        check_processes(self.accelerator, config.num_processes)
+        self._autocast = _autocast(self.accelerator, config.optimizer.bf16)
+        self.judge = get_judge(config.evaluation.judge)
+
+        self.tokenizer = processing_class or load_tokenizer(config.student, "student")
+        student = model if isinstance(model, nn.Module) else load_model(config.student, "student")
+        self._end_ids = end_token_ids(self.tokenizer, getattr(student, "generation_config", None))
+        self._pad_id = pad_token_id(self.tokenizer)
+        self._vocab_size = vocab_size(self.tokenizer)
+        self.data = prepare_data(config, self.tokenizer, context_length(student), train_dataset, eval_dataset)
+        teacher = self._load_teacher(teacher_model)
+        check_models(student, teacher, self.tokenizer, config)
+        self._build(student, teacher)
+
+    def _load_teacher(self, teacher_model: str | nn.Module | None) -> nn.Module | None:
+        if not self.config.objective.needs_teacher:
+            return None
+        if isinstance(teacher_model, nn.Module):
+            return teacher_model
+        check_same_vocabulary(self.tokenizer, load_tokenizer(self.config.teacher, "teacher"))
+        return load_model(self.config.teacher, "teacher")
+
+    def _build(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        config, device = self.config, self.accelerator.device
+        if config.optimizer.gradient_checkpointing:
+            student.gradient_checkpointing_enable()  # type: ignore[operator]
+        self.student = student.to(device)
+        reference = frozen_copy(self.student) if config.objective.needs_reference else None
+        self.engine = HFEngine(
+            model=self.student,
+            end_token_ids=self._end_ids,
+            pad_token_id=self._pad_id,
+            vocab_size=self._vocab_size,
+            max_batch_size=config.rollout.max_batch_size,
+            autocast=self._autocast,
+        )
+        self.teacher = None
+        if teacher is not None:
+            self.teacher = LocalTeacher(
+                teacher.to(device),
+                model_id=str(config.teacher.model_name_or_path),
+                vocab_size=self._vocab_size,
+                token_budget=config.optimizer.micro_batch_tokens,
+                autocast=self._autocast,
+            )
+        self.optimizer = adamw(self.student, config.optimizer)
+        wrapped = self.accelerator.prepare_model(self.student) if self.accelerator.num_processes > 1 else self.student
+        self.updater = Updater(
+            wrapped,
+            self.optimizer,
+            config.objective,
+            self.accelerator,
+            vocab_size=self._vocab_size,
+            temperature=config.rollout.temperature,
+            max_grad_norm=config.optimizer.max_grad_norm,
+            token_budget=config.optimizer.micro_batch_tokens,
+            autocast=self._autocast,
+            reference=reference,
+        )
+        self.monitor = HealthMonitor(config.health.monitor_settings())
+        self.state = TrainState()
+
+    # ------------------------------------------------------------------ the loop
+
+    def train(self, resume_from_checkpoint: bool = False) -> TrainState:
+        """Run to `max_steps`; with `resume_from_checkpoint`, go on from the newest checkpoint of the run folder.
+
+        Raises: RunFolderError when the run folder is occupied, locked, or belongs to another configuration.
+        """
+        self._open_run_folder(resume_from_checkpoint)
+        try:
+            self._each_callback("on_train_begin")
+            if self.state.step == 0 and self.config.evaluation.at_start and self.data.held_out:
+                self._log(0, self.evaluate(), health=None)
+            for step in range(self.state.step + 1, self.config.max_steps + 1):
+                self.train_step(step)
+            self._each_callback("on_train_end")
+        finally:
+            self._close_run_folder()
+        return self.state
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One rollout batch: generate, score, look, update, log, evaluate, save."""
+        torch.manual_seed(_seed(self.config.seed, _TRAIN_STREAM, step))
+        clock = Stopwatch()
+        positions, examples = self._my_prompts(step)
+        metrics: dict[str, float] = {}
+        rollouts = scores = health = None
+        if self.config.objective.needs_rollouts:
+            with clock.phase("rollout"):
+                rollouts = self.engine.generate(examples, self._sampling(), step=step)
+            with clock.phase("teacher"):
+                scores = self._score(rollouts)
+            with clock.phase("health"):
+                health = self._observe(step, positions, examples, rollouts, scores)
+                metrics.update(health.metrics)
+        with clock.phase("update"):
+            metrics.update(self._update(step, positions, examples, rollouts, scores))
+            self.engine.sync_weights(self.student, self.state.policy_version)
+        self._advance(step, metrics)
+        metrics.update(clock.metrics())
+        if self.data.held_out and self._due(step, self.config.evaluation.every_steps):
+            metrics.update(self.evaluate())
+        self._log(step, metrics, health)
+        self._save_if_due(step, metrics)
+        return metrics
+
+    def evaluate(self) -> dict[str, float]:
+        """Answers of the student to the held-out prompts, sampled and greedy, as `eval/NAME/...`."""
+        settings, health = self.config.evaluation, self.config.health
+        sampled = Sampling(
+            max_new_tokens=self.config.eval_max_completion_length,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            num_generations=settings.num_samples,
+            seed=_seed(self.config.seed, _EVAL_STREAM),
+        )
+        runs = {settings.name: sampled}
+        if settings.greedy:
+            runs[f"{settings.name}_greedy"] = Sampling(max_new_tokens=sampled.max_new_tokens, temperature=0.0)
+        mine = self.data.held_out[self.accelerator.process_index :: self.accelerator.num_processes]
+        metrics: dict[str, float] = {}
+        for name, sampling in runs.items():
+            metrics |= evaluate(
+                self.engine,
+                mine,
+                sampling,
+                name=name,
+                judge=self.judge,
+                tokenizer=self.tokenizer,
+                tail_chars=health.tail_chars,
+                compression_threshold=health.compression_threshold,
+            )
+        self._each_callback("on_evaluate", metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | Path) -> None:
+        """Write the student as it is now, for `AutoModelForCausalLM.from_pretrained`."""
+        if self.accelerator.is_main_process:
+            save_model(self.student, self.tokenizer, Path(output_dir))
+
+    # ------------------------------------------------------------------ parts of a step
+
+    def _my_prompts(self, step: int) -> tuple[list[int], list[Example]]:
+        """This process's share of the step's prompts, with their positions among all of them."""
+        batch = self.data.stream.batch(step)
+        positions = list(range(self.accelerator.process_index, len(batch), self.accelerator.num_processes))
+        return positions, [batch[position] for position in positions]
+
+    def _sampling(self) -> Sampling:
+        rollout = self.config.rollout
+        return Sampling(
+            max_new_tokens=rollout.max_completion_length,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            num_generations=rollout.num_generations,
+            seed=_seed(self.config.seed, _TRAIN_STREAM),
+        )
+
+    def _score(self, rollouts: RolloutBatch) -> TokenScores | None:
+        if self.teacher is None:
+            return None
+        return self.teacher.score(rollouts, temperature=self.config.rollout.temperature)
+
+    def _observe(
+        self,
+        step: int,
+        positions: list[int],
+        examples: list[Example],
+        rollouts: RolloutBatch,
+        scores: TokenScores | None,
+    ) -> HealthReport:
+        """Health of the step's rollouts of all processes; some of them are written to the run folder."""
+        completions = decode(rollouts, examples, self.tokenizer)
+        advantages = [None] * len(completions) if scores is None else _advantages(rollouts, scores)
+        mine = [
+            (positions[index], completion, row)
+            for index, completion, row in zip(rollouts.prompt_index, completions, advantages, strict=True)
+        ]
+        records = sorted(gather_object(mine), key=lambda record: record[0])
+        everyone = [completion for _, completion, _ in records]
+        report = self.monitor.observe(
+            step,
+            lengths=[completion.num_tokens for completion in everyone],
+            finish_reasons=[completion.finish_reason for completion in everyone],
+            texts=[completion.text for completion in everyone],
+            token_ids=[completion.token_ids for completion in everyone],
+            advantages=None if scores is None else [row for _, _, row in records],
+        )
+        if self._due(step, self.config.logging.rollouts_every_steps) or step == 1:
+            self._write_rollouts(step, [(completion, row) for _, completion, row in records])
+        return report
+
+    def _update(
+        self,
+        step: int,
+        positions: list[int],
+        examples: list[Example],
+        rollouts: RolloutBatch | None,
+        scores: TokenScores | None,
+    ) -> dict[str, float]:
+        """All optimizer updates of a step; returns their mean figures."""
+        parts: list[TrainingRows] = []
+        if rollouts is not None:
+            parts.append(rollout_rows(rollouts, scores, positions))
+        if self.config.objective.needs_gold:
+            gold = self.data.gold(step, self.data.stream.batch(step))
+            parts.append(gold_rows([gold[p] for p in positions], positions, self._pad_id, self.accelerator.device))
+        rows = concat_rows(parts, self._pad_id)
+        rate = learning_rate_at(step, self.config.optimizer, self.config.max_steps)
+        figures = []
+        key = [self.config.seed, _MINIBATCH_STREAM, step]
+        for minibatch in minibatches(rows, self.config.rollout.num_prompts, self.config.optimizer, key):
+            figures.append(self.updater.update(minibatch, rate))
+            self.state.policy_version += int(not figures[-1]["skipped_updates"])
+        metrics = mean_of(figures)
+        if rollouts is not None:
+            # Later updates of a step see a policy that has moved on; the engine's own error shows in the first.
+            metrics["sampling/logprob_gap"] = figures[0]["sampling/logprob_gap"]
+            metrics["num_new_tokens"] = float(sum(gather_object(rollouts.lengths())))
+            if scores is not None:
+                metrics["teacher/reverse_kl"] = self._mean_reverse_kl(rollouts, scores)
+        return {**metrics, "learning_rate": rate}
+
+    def _mean_reverse_kl(self, rollouts: RolloutBatch, scores: TokenScores) -> float:
+        """Mean of log S − log T over the rollout tokens of all processes."""
+        gap = ((rollouts.sampling_logprobs - scores.sampled_logprobs) * rollouts.completion_mask).sum().double()
+        sums = self.accelerator.reduce(torch.stack([gap, rollouts.completion_mask.sum().double()]), reduction="sum")
+        return float(sums[0] / sums[1])
+
+    def _advance(self, step: int, metrics: dict[str, float]) -> None:
+        self.state.step = step
+        self.state.num_tokens += int(metrics.pop("num_new_tokens", 0.0))
+        self.state.prompt_cursor = self.data.stream.cursor(step)
+        self.state.monitor = self.monitor.state_dict()
+        metrics["num_tokens"] = float(self.state.num_tokens)
+
+    # ------------------------------------------------------------------ run folder
+
+    def _open_run_folder(self, resume: bool) -> None:
+        path = self.config.run_dir
+        self.recorder = RunRecorder(path, resume=resume) if self.accelerator.is_main_process else None
+        self.accelerator.wait_for_everyone()
+        self._sinks = []
+        after_step = self._resume(path) if resume else None
+        if self.recorder:
+            self.recorder.start(dump_config(self.config), after_step)
+        if self.config.logging.report_to:
+            self._sinks.append(TrackerSink(self.accelerator, "stableopd", flatten(self.config.model_dump(mode="json"))))
+
+    def _resume(self, path: Path) -> int | None:
+        check_resumable(path / "config.yaml", self.config)
+        clean_up(path / "checkpoints")
+        found = checkpoints_in(path / "checkpoints")
+        if not found:
+            return None
+        self.state = load_checkpoint(found[-1], student=self.student, optimizer=self.optimizer)
+        self.monitor.load_state_dict(self.state.monitor)
+        self.engine.sync_weights(self.student, self.state.policy_version)
+        return self.state.step
+
+    def _close_run_folder(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+        if self.recorder:
+            self.recorder.close()
+
+    def _write_rollouts(self, step: int, records: list[tuple[Completion, np.ndarray | None]]) -> None:
+        if self.recorder is None or not self.config.logging.num_rollouts:
+            return
+        health = self.config.health
+        self.recorder.rollouts(
+            step,
+            [
+                {
+                    "step": step,
+                    "index": completion.example.index,
+                    "prompt": completion.example.prompt,
+                    "completion": completion.text,
+                    "finish_reason": completion.finish_reason,
+                    "num_tokens": completion.num_tokens,
+                    "repetitive": is_repetitive(completion.text, health.tail_chars, health.compression_threshold),
+                    "answer": completion.example.answer,
+                    "mean_advantage": None if row is None else float(row.mean()),
+                }
+                for completion, row in records[: self.config.logging.num_rollouts]
+            ],
+        )
+
+    def _log(self, step: int, metrics: dict[str, float], health: HealthReport | None) -> None:
+        if self.recorder:
+            self.recorder.metrics(step, metrics)
+            if health:
+                self.recorder.alerts(alert.to_json() for alert in health.alerts)
+        for sink in self._sinks:
+            sink.write(step, metrics)
+        self._each_callback("on_step_end", {"step": step, **metrics}, health)
+
+    def _save_if_due(self, step: int, metrics: dict[str, float]) -> None:
+        settings = self.config.checkpoint
+        accuracy = metrics.get(f"eval/{self.config.evaluation.name}/accuracy")
+        best = accuracy is not None and (self.state.best_metric is None or accuracy > self.state.best_metric)
+        if best:
+            self.state.best_metric, self.state.best_step = accuracy, step
+        if not (self._due(step, settings.every_steps) or (best and settings.keep_best)):
+            return
+        if self.accelerator.is_main_process:
+            folder = self.config.run_dir / "checkpoints"
+            path = save_checkpoint(
+                folder, student=self.student, tokenizer=self.tokenizer, optimizer=self.optimizer, state=self.state
+            )
+            rotate(
+                folder,
+                keep_last=settings.keep_last,
+                keep_step=self.state.best_step if settings.keep_best else None,
+            )
+            self._each_callback("on_save", str(path))
+        self.accelerator.wait_for_everyone()
+
+    def _due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.config.max_steps
+
+    def _each_callback(self, event: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *arguments)
+
+
+def _advantages(rollouts: RolloutBatch, scores: TokenScores) -> list[np.ndarray]:
+    """log T − log S of each completion token, without padding."""
+    gap = (scores.sampled_logprobs - rollouts.sampling_logprobs).float().cpu().numpy()
+    return [row[:length] for row, length in zip(gap, rollouts.lengths(), strict=True)]
+
+
+def _autocast(accelerator: Accelerator, bf16: bool) -> Callable[[], AbstractContextManager[Any]]:
+    if not bf16:
+        return nullcontext
+    return partial(torch.autocast, accelerator.device.type, dtype=torch.bfloat16)
+
+
+def _with_names(
+    config: StableOPDConfig, model: str | nn.Module | None, teacher: str | nn.Module | None
+) -> StableOPDConfig:
+    """The configuration with the names of models that were given by name in Python."""
+    update: dict[str, Any] = {}
+    if isinstance(model, str):
+        update["student"] = config.student.model_copy(update={"model_name_or_path": model})
+    if isinstance(teacher, str):
+        update["teacher"] = config.teacher.model_copy(update={"model_name_or_path": teacher})
+    return config.model_copy(update=update)
+
+
+def _seed(*key: int) -> int:
+    """A seed below 2^63 that depends on every part of the key."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

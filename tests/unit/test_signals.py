@@ -1,0 +1,335 @@
+"""Signals of health: definitions against brute force, and every edge that a rollout can have."""
+
+from __future__ import annotations
+
+import random
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stableopd.health import (
+    LengthWarning,
+    advantage_by_class,
+    check_sequence_length,
+    compression_ratio,
+    is_repetitive,
+    length_stats,
+    loop_mask,
+    loop_spans,
+    measure_rollouts,
+    repeated_token_mask,
+    repetition_rate,
+    truncation_rate,
+)
+
+LOOP_TEXT = "Wait, let me check that again. "
+TOY_CYCLE = "1368;w"
+
+# Few symbols and copied stretches, so that loops of many periods come up.
+SEQUENCES = st.one_of(
+    st.lists(st.integers(0, 2), max_size=40),
+    st.builds(
+        lambda head, cycle, times, tail: head + cycle * times + tail,
+        st.lists(st.integers(0, 3), max_size=8),
+        st.lists(st.integers(0, 3), min_size=1, max_size=7),
+        st.integers(1, 6),
+        st.lists(st.integers(0, 3), max_size=8),
+    ),
+)
+
+
+def brute_force_loops(ids: list[int], max_period: int, min_repeats: int, min_tokens: int) -> list[bool]:
+    mask = [False] * len(ids)
+    for period in range(1, max_period + 1):
+        for start in range(len(ids)):
+            for end in range(start + max(period * min_repeats, min_tokens), len(ids) + 1):
+                if all(ids[t] == ids[t - period] for t in range(start + period, end)):
+                    mask[start:end] = [True] * (end - start)
+    return mask
+
+
+def brute_force_repeats(ids: list[int], ngram: int) -> list[bool]:
+    grams = [tuple(ids[end - ngram + 1 : end + 1]) if end >= ngram - 1 else None for end in range(len(ids))]
+    return [gram is not None and gram in grams[:end] for end, gram in enumerate(grams)]
+
+
+class TestCompressionRatio:
+    def test_is_bytes_over_zlib_bytes_of_the_tail(self) -> None:
+        text = "a preamble that does not count " + "".join(random.Random(0).choices("0123456789+= ", k=4000))
+        tail = text[-4000:].encode()
+        assert len(zlib.compress(tail, 9)) < len(zlib.compress(tail, 1)), "the level has to matter"
+        assert compression_ratio(text, tail_chars=4000) == len(tail) / len(zlib.compress(tail, 9))
+
+    def test_tail_is_counted_in_characters_not_bytes(self) -> None:
+        assert compression_ratio("é" * 50, tail_chars=50) == 100 / len(zlib.compress(("é" * 50).encode(), 9))
+
+    def test_separates_loops_from_prose_at_the_papers_threshold(self) -> None:
+        vocabulary = ["so", "the", "sum", "of", "both", "roots", "is", "then", "seven", "minus", "two", "x", "over"]
+        words = random.Random(0).choices(vocabulary, k=3000)
+        assert compression_ratio(LOOP_TEXT * 400) > 10 > compression_ratio(" ".join(words))
+
+    def test_toy_scale_separates_a_pure_cycle_from_random_attempts(self) -> None:
+        rng = random.Random(0)
+        attempts = ";w".join("".join(rng.choices("0123456789", k=4)) for _ in range(14))
+        assert compression_ratio(TOY_CYCLE * 13, tail_chars=64) == pytest.approx(3.76, abs=0.01)
+        assert compression_ratio(attempts, tail_chars=64) < 2.2
+
+    def test_empty_text_is_neither_compressible_nor_not(self) -> None:
+        assert compression_ratio("") == 1.0
+
+    @pytest.mark.parametrize("text", ["\ud800", "x\udfff" * 20, "\x00", "🙂"])
+    def test_takes_any_string(self, text: str) -> None:
+        assert compression_ratio(text) > 0
+
+    def test_refuses_an_empty_tail(self) -> None:
+        with pytest.raises(ValueError, match="tail_chars"):
+            compression_ratio("text", tail_chars=0)
+
+
+class TestRepetitionRate:
+    def test_only_texts_longer_than_the_tail_can_be_repetitive(self) -> None:
+        assert not is_repetitive("a" * 10_000)
+        assert is_repetitive("a" * 10_001)
+
+    def test_ratio_must_exceed_the_threshold(self) -> None:
+        text = TOY_CYCLE * 13
+        ratio = compression_ratio(text, 64)
+        assert not is_repetitive(text, 64, threshold=ratio)
+        assert is_repetitive(text, 64, threshold=ratio - 1e-9)
+
+    def test_is_the_share_of_repetitive_texts(self) -> None:
+        assert repetition_rate([TOY_CYCLE * 13, "1368;y=8$", TOY_CYCLE * 5, ""], 64, 2.2) == 0.25
+
+    def test_is_zero_without_texts(self) -> None:
+        assert repetition_rate([]) == 0.0
+
+
+class TestTruncationRate:
+    def test_counts_spent_budgets_and_cut_loops_but_not_aborts(self) -> None:
+        assert truncation_rate(["stop", "length", "loop", "abort"]) == 0.5
+
+    def test_is_zero_without_rollouts(self) -> None:
+        assert truncation_rate([]) == 0.0
+
+    def test_refuses_a_reason_it_does_not_know(self) -> None:
+        with pytest.raises(ValueError, match="max_tokens"):
+            truncation_rate(["stop", "max_tokens"])
+
+
+class TestLoopMask:
+    @settings(max_examples=400, deadline=None)
+    @given(SEQUENCES, st.integers(1, 8), st.integers(2, 4), st.integers(0, 12))
+    def test_equals_brute_force(self, ids: list[int], max_period: int, min_repeats: int, min_tokens: int) -> None:
+        expected = brute_force_loops(ids, max_period, min_repeats, min_tokens)
+        assert loop_mask(ids, max_period, min_repeats, min_tokens).tolist() == expected
+
+    def test_finds_a_long_period_in_a_long_sequence(self) -> None:
+        rng = np.random.default_rng(0)
+        head, cycle = rng.integers(0, 50_000, 1000), rng.integers(0, 50_000, 512)
+        ids = np.concatenate([head, np.tile(cycle, 4)])
+        expected = np.arange(len(ids)) >= 1000
+        np.testing.assert_array_equal(loop_mask(ids), expected)
+        assert not loop_mask(ids, max_period=511).any()
+
+    def test_a_partial_last_turn_belongs_to_the_loop(self) -> None:
+        assert loop_spans([9, *[1, 2, 3, 4, 5, 6] * 3, 1, 2, 7]) == [(1, 21)]
+
+    def test_three_turns_of_a_toy_cycle_are_a_loop_and_two_are_not(self) -> None:
+        assert loop_mask(TOY_CYCLE * 3).all()
+        assert not loop_mask(TOY_CYCLE * 2 + "1368").any()
+
+    def test_a_few_equal_tokens_are_no_loop_by_default(self) -> None:
+        assert not loop_mask([1] * 15).any()
+        assert loop_mask([1] * 16).all()
+        assert loop_mask([1] * 3, min_tokens=0).all()
+
+    @pytest.mark.parametrize("ids", [[], [5], [5, 5], np.array([], dtype=np.int64)])
+    def test_short_sequences_hold_no_loop(self, ids: list[int]) -> None:
+        mask = loop_mask(ids)
+        assert mask.dtype == np.bool_
+        assert mask.tolist() == [False] * len(ids)
+
+    def test_reads_text_by_code_point_with_lone_surrogates(self) -> None:
+        assert loop_spans("🙂" + "é\ud800x" * 6) == [(1, 19)]
+
+    @pytest.mark.parametrize("bad", [{"max_period": 0}, {"min_repeats": 1}])
+    def test_refuses_meaningless_settings(self, bad: dict[str, int]) -> None:
+        with pytest.raises(ValueError, match="min_repeats"):
+            loop_mask([1, 2, 3], **bad)
+
+    def test_refuses_a_batch(self) -> None:
+        with pytest.raises(ValueError, match=r"shape \(2, 3\)"):
+            loop_mask(np.zeros((2, 3), dtype=int))
+
+    def test_spans_are_the_stretches_of_the_mask(self) -> None:
+        ids = [*[7] * 20, 1, 2, *[3, 4] * 10]
+        spans = loop_spans(ids)
+        assert spans == [(0, 20), (22, 42)]
+        assert [t for start, end in spans for t in range(start, end)] == np.flatnonzero(loop_mask(ids)).tolist()
+
+    def test_spans_of_nothing_are_none(self) -> None:
+        assert loop_spans([]) == []
+
+
+class TestRepeatedTokenMask:
+    @settings(max_examples=300, deadline=None)
+    @given(SEQUENCES, st.integers(1, 9))
+    def test_equals_brute_force(self, ids: list[int], ngram: int) -> None:
+        assert repeated_token_mask(ids, ngram).tolist() == brute_force_repeats(ids, ngram)
+
+    def test_sees_a_quotation_that_is_no_loop(self) -> None:
+        ids = [*range(10), 99, *range(10)]
+        assert np.flatnonzero(repeated_token_mask(ids)).tolist() == [18, 19, 20]
+        assert not loop_mask(ids).any()
+
+    @pytest.mark.parametrize("ids", [[], [5], [5] * 8])
+    def test_the_first_ngram_is_never_repeated(self, ids: list[int]) -> None:
+        assert repeated_token_mask(ids).tolist() == [False] * len(ids)
+
+    def test_negative_and_huge_ids_are_told_apart(self) -> None:
+        ids = [-1, 2**62, -1, 2**62, -1]
+        assert repeated_token_mask(ids, ngram=2).tolist() == [False, False, False, True, True]
+
+    def test_refuses_an_empty_ngram(self) -> None:
+        with pytest.raises(ValueError, match="ngram"):
+            repeated_token_mask([1, 2], ngram=0)
+
+
+class TestLengthStats:
+    def test_gives_all_and_terminated_lengths(self) -> None:
+        stats = length_stats([10, 20, 80, 50], ["stop", "stop", "length", "abort"])
+        assert stats == {
+            "completions/mean_length": 40.0,
+            "completions/min_length": 10.0,
+            "completions/max_length": 80.0,
+            "completions/mean_terminated_length": 15.0,
+            "completions/min_terminated_length": 10.0,
+            "completions/max_terminated_length": 20.0,
+            "completions/length_p50": 35.0,
+            "completions/length_p90": pytest.approx(71.0),
+            "completions/length_p99": pytest.approx(79.1),
+            "completions/clipped_ratio": 0.25,
+        }
+
+    def test_leaves_terminated_lengths_out_when_nothing_terminated(self) -> None:
+        stats = length_stats([80, 80], ["length", "loop"])
+        assert stats["completions/clipped_ratio"] == 1.0
+        assert not [key for key in stats if "terminated" in key]
+
+    def test_of_nothing_is_nothing(self) -> None:
+        assert length_stats([], []) == {}
+
+    def test_refuses_unequal_columns(self) -> None:
+        with pytest.raises(ValueError, match="zip"):
+            length_stats([1, 2], ["stop"])
+
+
+class TestAdvantageByClass:
+    def test_splits_means_and_mass(self) -> None:
+        masks = [np.array([True, True, False]), np.array([False])]
+        advantages = [np.array([-0.1, 0.3, -1.0]), np.array([-0.6])]
+        assert advantage_by_class(masks, advantages) == pytest.approx(
+            {
+                "health/advantage_loop": 0.1,
+                "health/advantage_other": -0.8,
+                "health/loop_update_share": 0.4 / 2.0,
+                "health/loop_token_fraction": 0.5,
+            }
+        )
+
+    def test_leaves_out_a_class_without_tokens(self) -> None:
+        assert advantage_by_class([[False, False]], [[1.0, 2.0]]) == {
+            "health/advantage_other": 1.5,
+            "health/loop_update_share": 0.0,
+            "health/loop_token_fraction": 0.0,
+        }
+        assert "health/advantage_other" not in advantage_by_class([[True]], [[1.0]])
+
+    def test_share_of_no_update_is_left_out(self) -> None:
+        assert "health/loop_update_share" not in advantage_by_class([[True, False]], [[0.0, 0.0]])
+
+    @pytest.mark.parametrize("rows", [[], [[]]])
+    def test_without_tokens_there_is_nothing_to_say(self, rows: list[list[float]]) -> None:
+        assert advantage_by_class(rows, rows) == {}
+
+    def test_infinite_advantages_do_not_spoil_the_means(self) -> None:
+        figures = advantage_by_class([[True, True, False]], [[-np.inf, -0.5, np.nan]])
+        assert figures["health/advantage_loop"] == -0.5
+        assert figures["health/loop_token_fraction"] == pytest.approx(2 / 3)
+        assert "health/advantage_other" not in figures
+
+    def test_refuses_misaligned_rows(self) -> None:
+        with pytest.raises(ValueError, match="rollout 1 has 1 tokens but 2 advantages"):
+            advantage_by_class([[True], [True]], [[0.0], [0.0, 1.0]])
+
+
+class TestMeasureRollouts:
+    def test_measures_what_the_columns_allow(self) -> None:
+        columns = {"lengths": [18], "finish_reasons": ["length"]}
+        ids = [[1, 2, 3, 4, 5, 6] * 3]
+        plain = measure_rollouts(**columns)
+        assert not [key for key in plain if key.startswith("health/")]
+        texts = measure_rollouts(**columns, texts=[TOY_CYCLE * 13], tail_chars=64, compression_threshold=2.2)
+        assert texts["health/repetition_rate"] == 1.0
+        tokens = measure_rollouts(**columns, token_ids=ids)
+        assert tokens["health/loop_token_fraction"] == 1.0
+        # 18 tokens; the first repeated 8-gram ends at the 14th.
+        assert tokens["health/repeated_token_fraction"] == pytest.approx(5 / 18)
+
+    def test_splits_advantages_by_loop_and_by_repetition(self) -> None:
+        ids = [1, 2, 3, 4, 5, 6] * 3
+        advantages = [np.where(np.arange(18) < 13, -1.0, -0.1)]
+        metrics = measure_rollouts(lengths=[18], finish_reasons=["stop"], token_ids=[ids], advantages=advantages)
+        assert metrics["health/advantage_loop"] == pytest.approx((-13 - 0.5) / 18)
+        assert metrics["health/advantage_repeated"] == pytest.approx(-0.1)
+        assert metrics["health/advantage_fresh"] == pytest.approx(-1.0)
+        assert metrics["health/loop_update_share"] == 1.0
+        assert metrics["health/repeated_update_share"] == pytest.approx(0.5 / 13.5)
+
+    def test_of_no_rollouts_is_nothing(self) -> None:
+        assert measure_rollouts(lengths=[], finish_reasons=[], texts=[], token_ids=[], advantages=[]) == {}
+
+    def test_refuses_columns_of_different_lengths(self) -> None:
+        with pytest.raises(ValueError, match="texts has 1 rows for 2 lengths"):
+            measure_rollouts(lengths=[1, 2], finish_reasons=["stop", "stop"], texts=["a"])
+
+    def test_refuses_advantages_without_tokens(self) -> None:
+        with pytest.raises(ValueError, match="token_ids"):
+            measure_rollouts(lengths=[1], finish_reasons=["stop"], advantages=[[0.1]])
+
+
+class TestCheckSequenceLength:
+    def test_returns_mean_and_maximum_without_warning_up_to_the_bound(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = check_sequence_length([[1, 2], [1, 2, 3, 4]], 4)
+        assert found == (3.0, 4)
+        assert (found.mean, found.max) == (3.0, 4)
+
+    def test_warns_above_the_bound_and_names_the_figures(self) -> None:
+        with pytest.warns(LengthWarning, match="1 of 2 sequences are longer than the expected 3 .*longest 4"):
+            assert check_sequence_length([[1, 2], [1, 2, 3, 4]], 3).max == 4
+
+    def test_takes_strings_arrays_and_rows_of_a_matrix(self) -> None:
+        assert check_sequence_length(["abc", np.zeros(5)], 10) == (4.0, 5)
+        assert check_sequence_length(np.zeros((2, 7)), 10) == (7.0, 7)
+        assert check_sequence_length((range(n) for n in (1, 3)), 10) == (2.0, 3)
+
+    def test_empty_input_is_no_alarm(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert check_sequence_length([], 5) == (0.0, 0)
+            assert check_sequence_length([[]], 5) == (0.0, 0)
+
+    @pytest.mark.parametrize("bound", [0, -1])
+    def test_refuses_a_bound_that_nothing_can_meet(self, bound: int) -> None:
+        with pytest.raises(ValueError, match="positive"):
+            check_sequence_length([], bound)
+
+    def test_refuses_one_bare_string(self) -> None:
+        with pytest.raises(TypeError, match="list"):
+            check_sequence_length("a completion", 5)
