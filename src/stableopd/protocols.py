@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from stableopd.types import Example, HealthReport, RolloutBatch, Sampling, TokenScores
+from stableopd.types import Alert, Example, RolloutBatch, Sampling, TokenScores
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,7 +57,7 @@ class Callback:
 
     def on_train_begin(self, trainer: Any) -> None: ...
 
-    def on_step_end(self, trainer: Any, metrics: Mapping[str, float], health: HealthReport | None) -> None: ...
+    def on_step_end(self, trainer: Any, metrics: Mapping[str, float], alerts: Sequence[Alert]) -> None: ...
 
     def on_evaluate(self, trainer: Any, metrics: Mapping[str, float]) -> None: ...
 

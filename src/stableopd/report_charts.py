@@ -7,16 +7,36 @@ which also owns colours and theme. Solid, dashed and dotted always mean the same
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from colorsys import hls_to_rgb
 from dataclasses import dataclass
 from html import escape
+from itertools import count
 from math import isfinite
 from typing import Any
 
+from stableopd.report_settings import method
 from stableopd.runfolder import RunRecord
 
 MAX_POINTS = 1200
 """Points drawn per curve; a longer one keeps the lowest and highest point of every stretch."""
 SHOW_MARKERS_UP_TO = 60
+
+
+METHOD_COLOURS = {"opd": 0, "stableopd": 1, "sft": 2, "grpo": 3}
+"""Place in the palette of each method's first run; further runs take what is free."""
+MAX_OWN_COLOURS = 5
+"""Up to so many runs each have a colour of their own."""
+# Light theme, dark theme. The hues of Okabe and Ito, whose order colour-blind readers can tell apart.
+PALETTE = (
+    ("#d1495b", "#ff7a85"),
+    ("#0072b2", "#56b4e9"),
+    ("#b07900", "#f0c24b"),
+    ("#8a4f9e", "#d49ae6"),
+    ("#00806a", "#35d0b0"),
+    ("#5b6470", "#aeb8c4"),
+    ("#a3461c", "#ff9f6b"),
+    ("#3f51b5", "#9fa8ff"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +75,39 @@ class Chart:
 class Section:
     title: str
     charts: tuple[Chart, ...]
+
+
+def colours(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """One colour per run for the light and one for the dark theme; the usual methods get the usual ones.
+
+    Of many runs, those with the same method and coefficients (seeds, mostly) share one.
+    """
+    groups = colour_groups(runs)
+    chosen: dict[str, int] = {}
+    for run, group in zip(runs, groups, strict=True):
+        place = METHOD_COLOURS.get(str(run.config.get("method")))
+        if place is not None and place not in chosen.values():
+            chosen.setdefault(group, place)
+    free = (place for place in count() if place not in chosen.values())
+    for group in groups:
+        if group not in chosen:
+            chosen[group] = next(free)
+    places = [chosen[group] for group in groups]
+    return [PALETTE[place] if place < len(PALETTE) else _further_colour(place) for place in places]
+
+
+def colour_groups(runs: Sequence[RunRecord]) -> list[str]:
+    """For each run the name of those that it shares its colour with: its own, or what is done in all of them."""
+    names = [run.name for run in runs]
+    return names if len(runs) <= MAX_OWN_COLOURS else [method(run.config) for run in runs]
+
+
+def _further_colour(place: int) -> tuple[str, str]:
+    """Hues a golden angle apart, so that neighbours differ."""
+    hue = place * 0.381966 % 1.0
+    shades = (hls_to_rgb(hue, lightness, 0.6) for lightness in (0.36, 0.7))
+    light, dark = ("#" + "".join(f"{round(255 * channel):02x}" for channel in shade) for shade in shades)
+    return light, dark
 
 
 def main_evaluation(runs: Iterable[RunRecord]) -> str | None:
@@ -172,7 +225,7 @@ def _accuracy(runs: Sequence[RunRecord], name: str) -> Panel:
 def _truncation(name: str | None) -> Panel:
     return Panel(
         "Answers cut off at the length limit",
-        "Healthy: close to 0% everywhere. A sudden climb, in training and on held-out prompts together, is the collapse.",
+        "Healthy: close to 0%. A sudden climb, in training and on held-out prompts together, is the collapse.",
         (
             Curve("completions/clipped_ratio", "training rollouts"),
             Curve(f"eval/{name}_greedy/truncation_rate", "held-out, greedy", "dash"),
@@ -205,7 +258,7 @@ LENGTH = Panel(
 )
 REPETITION = Panel(
     "Repetition in training rollouts",
-    "Healthy: close to 0%. Repeated tokens spread first; whole rollouts count as repetitive once their tail is one loop.",
+    "Healthy: close to 0%. Repeated tokens spread first; a rollout is repetitive once its whole tail is a loop.",
     (
         Curve("health/repetition_rate", "repetitive rollouts"),
         Curve("health/repeated_token_fraction", "repeated tokens", "dash"),
@@ -242,7 +295,9 @@ UPDATE_SHARE = Panel(
     "share",
 )
 LOSSES = [
-    Panel("Total loss", "Healthy: falls or stays level; it can look fine in a collapse.", (Curve("loss", "all terms"),)),
+    Panel(
+        "Total loss", "Healthy: falls or stays level; it can look fine in a collapse.", (Curve("loss", "all terms"),)
+    ),
     Panel(
         "Distillation term",
         "Healthy: shrinks as student and teacher agree. A quick drop may only mean that both agree on loops.",

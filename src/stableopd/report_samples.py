@@ -59,11 +59,12 @@ def _shown(rollout: Rollout) -> ShownRollout:
     if rollout.mean_advantage is not None:
         notes.append(f"mean advantage {rollout.mean_advantage:+.2f}".replace("-", "−"))
     if rollout.answer is not None:
-        notes.append(f"reference answer {printable(rollout.answer)[:80]}")
+        notes.append(f"reference answer {rollout.answer[:80]}")
     return ShownRollout(
         prompt=_abridged(rollout.prompt, []),
         completion=mark_loops(rollout.completion),
-        ending=ENDINGS.get(rollout.finish_reason, printable(rollout.finish_reason)),
+        ending=ENDINGS.get(rollout.finish_reason, rollout.finish_reason)
+        + (", repetitive" if rollout.repetitive else ""),
         failed=rollout.failed,
         notes=tuple(notes),
     )

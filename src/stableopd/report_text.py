@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import mean
 
 from stableopd.report_charts import accuracy_key, main_evaluation
+from stableopd.report_settings import differences, method
 from stableopd.runfolder import RunRecord
 
 MISSING = "–"
@@ -15,11 +16,10 @@ MAX_NAMED_RUNS = 3
 """Up to so many runs get a clause each in the headline; more are counted."""
 SMALL = 0.02
 """A loss of accuracy below this is not worth a number."""
+MAX_SETTINGS = 5
+"""Differing settings named in a sentence."""
 LARGE = 0.3
 """Truncation above this is named as part of what happened."""
-ALIASES = {"objective.gold.coef": "lambda_gold", "objective.reference.coef": "beta_kl"}
-NOT_COMPARED = ("output_dir", "logging", "run_name")
-"""Settings that differ between any two runs and change nothing in them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,19 +97,45 @@ def _verdict(run: RunRecord) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _counted(ranked: Sequence[RunRecord]) -> str:
-    groups: dict[str, list[RunRecord]] = {}
-    for run in ranked:
-        groups.setdefault(run.verdict.status, []).append(run)
-    parts = []
-    for status, members in groups.items():
-        finals = sorted(x for run in members if (x := outcome(run, ranked).final) is not None)
-        accuracy = f" (held-out accuracy {finals[0]:.2f}–{finals[-1]:.2f} at the end)" if finals else ""
-        parts.append(f"{len(members)} {status}{accuracy}")
-    return f"Of {len(ranked)} runs: {', '.join(parts)}."
+def _counted(runs: Sequence[RunRecord]) -> str:
+    """Many runs by method: how many collapsed, and where held-out accuracy ended on average."""
+    methods: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        methods.setdefault(str(run.config.get("method", "unnamed")), []).append(run)
+    shares = ", ".join(f"{name} {_collapsed(members)} of {len(members)}" for name, members in methods.items())
+    endings = [
+        f"{name} {mean(finals):.2f}"
+        for name, members in methods.items()
+        if (finals := [final for run in members if (final := outcome(run, runs).final) is not None])
+    ]
+    accuracy = f" Held-out accuracy at the end, on average: {', '.join(endings)}." if endings else ""
+    return f"{_collapsed(runs)} of {len(runs)} runs collapsed: {shares}.{accuracy}"
+
+
+def _collapsed(runs: Sequence[RunRecord]) -> int:
+    return sum(run.verdict.status == "collapsed" for run in runs)
 
 
 # ------------------------------------------------------------------------------------ why, and what helped
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    question: str
+    text: str
+
+
+def answers(runs: Sequence[RunRecord]) -> list[Answer]:
+    """Why it went wrong, where it did, and what helped or is worth trying."""
+    found = {"Why": why(runs), _remedy_question(runs): remedy(runs)}
+    return [Answer(question=question, text=text) for question, text in found.items() if text]
+
+
+def _remedy_question(runs: Sequence[RunRecord]) -> str:
+    statuses = {run.verdict.status for run in runs}
+    if "collapsed" not in statuses:
+        return "In short"
+    return "What helped" if "healthy" in statuses else "What to try"
 
 
 def why(runs: Sequence[RunRecord]) -> str | None:
@@ -117,7 +143,7 @@ def why(runs: Sequence[RunRecord]) -> str | None:
     run = next((run for status in ("collapsed", "warning") for run in runs if run.verdict.status == status), None)
     if run is None:
         return None
-    return _mechanism(run) or " ".join(map(_sentence, run.verdict.reasons)) or _sentence(run.verdict.headline)
+    return _mechanism(run) or " ".join(run.verdict.reasons) or run.verdict.headline
 
 
 def _mechanism(run: RunRecord) -> str | None:
@@ -132,42 +158,48 @@ def _mechanism(run: RunRecord) -> str | None:
         step = min(shared, key=lambda other: abs(other - step))
         if peak < 2 * share[0][1] or inside[step] <= outside[step]:
             continue
+        better = f"mean advantage {_signed(inside[step])} against {_signed(outside[step])} at step {step}"
         return (
-            f"In the rollouts of {run.name}, {what} went from {share[0][1]:.1%} to {peak:.0%} of all tokens. The teacher "
-            f"rated them better than the rest (mean advantage {_signed(inside[step])} against {_signed(outside[step])} at "
-            f"step {step}), so each update made repetition likelier: a loop that feeds itself."
+            f"In the rollouts of {run.name}, {what} went from {share[0][1]:.1%} to {peak:.0%} of all tokens. "
+            f"The teacher rated them better than the rest ({better}), so each update made repetition likelier: "
+            "a loop that feeds itself."
         )
     return None
 
 
-def what_helped(runs: Sequence[RunRecord]) -> str:
-    """Settings in which the best healthy run differs from the collapsed one, or what to try when there is no such pair."""
+def remedy(runs: Sequence[RunRecord]) -> str:
+    """How a healthy run differs from a collapsed one, for the pair that differs least; or what to try next."""
     collapsed = [run for run in runs if run.verdict.status == "collapsed"]
     healthy = [run for run in runs if run.verdict.status == "healthy"]
     if not collapsed:
-        return "Nothing collapsed here. Keep an eye on greedy truncation: it moves first."
+        return _without_collapse(runs)
     if not healthy:
         return (
             "No run here stayed healthy. The usual remedy: golden solutions in every batch "
             "(objective.gold.coef) and a pull towards the initial student (objective.reference.coef)."
         )
-    best = max(healthy, key=lambda run: outcome(run, runs).final or 0.0)
-    changed = [row for row in differences([collapsed[0], best]) if row.key != "seed"]
-    settings = ", ".join(f"{row.key} {row.values[0]} → {row.values[1]}" for row in changed[:5])
-    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-    return f"{best.name} stayed healthy. Against {collapsed[0].name} it changes: {settings or 'nothing but chance'}{more}."
+    pairs = [(bad, good) for bad in collapsed for good in healthy]
+    bad, good = min(pairs, key=lambda pair: (len(differences(pair)), -(outcome(pair[1], runs).final or 0.0)))
+    changed = [f"{row.key} {row.values[0]} → {row.values[1]}" for row in differences((bad, good))]
+    settings = ", ".join(changed[:MAX_SETTINGS]) or "nothing but chance"
+    more = f" and {len(changed) - MAX_SETTINGS} more" if len(changed) > MAX_SETTINGS else ""
+    return f"{good.name} stayed healthy. Against {bad.name} it changes: {settings}{more}."
 
 
-def _sentence(text: str) -> str:
-    text = text.strip()
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+def _without_collapse(runs: Sequence[RunRecord]) -> str:
+    statuses = {run.verdict.status for run in runs}
+    if statuses == {"unknown"}:
+        return "Nothing can be said yet. A verdict takes two evaluations, or a few more steps of training."
+    if "warning" in statuses:
+        return "Nothing is lost yet. Look at the alerts and at greedy truncation before the run goes on."
+    return "Nothing collapsed here. Keep an eye on greedy truncation: it moves first."
 
 
 def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
 
-# ------------------------------------------------------------------------------------ cards and settings
+# ------------------------------------------------------------------------------------ cards
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,64 +229,13 @@ def _card(number: int, run: RunRecord, result: Outcome) -> Card:
         status=run.verdict.status,
         badge=BADGES[run.verdict.status] + (f", step {run.verdict.step}" if run.verdict.step is not None else ""),
         method=method(run.config),
-        reasons=tuple(map(_sentence, run.verdict.reasons)),
+        reasons=run.verdict.reasons,
         facts=(
-            ("held-out accuracy, best → final", accuracy),
+            ("accuracy, best → final", accuracy),
             ("greedy answers cut off", percent(result.greedy_truncation)),
             ("repetitive training rollouts", percent(result.repetition)),
         ),
     )
-
-
-def method(config: Mapping[str, Any]) -> str:
-    """Method and coefficients: `stableopd · distill 1 · gold 1 · reference 0.1`."""
-    flat = flatten(config)
-    terms = [str(flat.get("method", "method unknown"))]
-    for term in ("distill", "gold", "reference", "reward"):
-        key = f"objective.{term}.coef"
-        coef = flat.get(key, flat.get(ALIASES.get(key, key)))
-        if coef is not None:
-            terms.append(f"{term} {show(coef)}")
-    return " · ".join(terms)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Difference:
-    """A setting, and its value in each run."""
-
-    key: str
-    values: tuple[str, ...]
-
-
-def differences(runs: Sequence[RunRecord]) -> list[Difference]:
-    """Settings that are not the same in all runs, by dotted key."""
-    flats = [flatten(run.config) for run in runs]
-    rows = []
-    for key in dict.fromkeys(key for flat in flats for key in flat):
-        values = tuple(show(flat[key]) if key in flat else "(unset)" for flat in flats)
-        if len(set(values)) > 1 and not key.startswith(NOT_COMPARED):
-            rows.append(Difference(key=key, values=values))
-    return rows
-
-
-def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings by dotted key."""
-    return dict(_leaves(config, ""))
-
-
-def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def show(value: Any) -> str:
-    """A setting as one would write it: 1 for 1.0, true for True, none for None."""
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def percent(value: float | None) -> str:

@@ -138,7 +138,9 @@ def _require_run_folder(folder: Path) -> None:
         return
     inside = sorted(child.parent for child in folder.glob("*/metrics.jsonl"))
     hint = f" Did you mean {', '.join(map(str, inside[:4]))}?" if inside else ""
-    raise RunFolderError(f"{folder} is not a run folder: neither metrics.jsonl nor config.yaml is in it. {CONTENTS}{hint}")
+    raise RunFolderError(
+        f"{folder} is not a run folder: neither metrics.jsonl nor config.yaml is in it. {CONTENTS}{hint}"
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from stableopd.recorder import RunRecorder
 from stableopd.rollout.hf import HFEngine
 from stableopd.step import TrainingRows, Updater, concat_rows, gold_rows, minibatches, rollout_rows
 from stableopd.teachers.local import LocalTeacher
-from stableopd.types import Example, HealthReport, RolloutBatch, Sampling, TokenScores, TrainState
+from stableopd.types import Alert, Example, HealthReport, RolloutBatch, Sampling, TokenScores, TrainState
 from stableopd.vocabulary import check_same_vocabulary, end_token_ids, pad_token_id, vocab_size
 
 _TRAIN_STREAM, _EVAL_STREAM, _MINIBATCH_STREAM = 1, 2, 3
@@ -139,7 +139,8 @@ class StableOPDTrainer:
         try:
             self._each_callback("on_train_begin")
             if self.state.step == 0 and self.config.evaluation.at_start and self.data.held_out:
-                self._log(0, self.evaluate(), health=None)
+                metrics = self.evaluate()
+                self._log(0, metrics, self.monitor.observe_eval(0, metrics))
             for step in range(self.state.step + 1, self.config.max_steps + 1):
                 self.train_step(step)
             self._each_callback("on_train_end")
@@ -153,7 +154,8 @@ class StableOPDTrainer:
         clock = Stopwatch()
         positions, examples = self._my_prompts(step)
         metrics: dict[str, float] = {}
-        rollouts = scores = health = None
+        alerts: tuple[Alert, ...] = ()
+        rollouts = scores = None
         if self.config.objective.needs_rollouts:
             with clock.phase("rollout"):
                 rollouts = self.engine.generate(examples, self._sampling(), step=step)
@@ -162,14 +164,17 @@ class StableOPDTrainer:
             with clock.phase("health"):
                 health = self._observe(step, positions, examples, rollouts, scores)
                 metrics.update(health.metrics)
+                alerts += health.alerts
         with clock.phase("update"):
             metrics.update(self._update(step, positions, examples, rollouts, scores))
             self.engine.sync_weights(self.student, self.state.policy_version)
-        self._advance(step, metrics)
         metrics.update(clock.metrics())
         if self.data.held_out and self._due(step, self.config.evaluation.every_steps):
-            metrics.update(self.evaluate())
-        self._log(step, metrics, health)
+            evaluation = self.evaluate()
+            metrics.update(evaluation)
+            alerts += self.monitor.observe_eval(step, evaluation)
+        self._advance(step, metrics)
+        self._log(step, metrics, alerts)
         self._save_if_due(step, metrics)
         return metrics
 
@@ -356,14 +361,13 @@ class StableOPDTrainer:
             ],
         )
 
-    def _log(self, step: int, metrics: dict[str, float], health: HealthReport | None) -> None:
+    def _log(self, step: int, metrics: dict[str, float], alerts: tuple[Alert, ...]) -> None:
         if self.recorder:
             self.recorder.metrics(step, metrics)
-            if health:
-                self.recorder.alerts(alert.to_json() for alert in health.alerts)
+            self.recorder.alerts(alert.to_json() for alert in alerts)
         for sink in self._sinks:
             sink.write(step, metrics)
-        self._each_callback("on_step_end", {"step": step, **metrics}, health)
+        self._each_callback("on_step_end", {"step": step, **metrics}, alerts)
 
     def _save_if_due(self, step: int, metrics: dict[str, float]) -> None:
         settings = self.config.checkpoint

@@ -75,7 +75,11 @@ def _training(method: str, collapse: float, learned: float) -> dict[str, float]:
     return {
         "loss": _noisy(0.9 - 0.5 * learned, 0.1),
         "loss/distill": _noisy(0.6 - 0.4 * learned, 0.1),
-        **({"loss/gold": _noisy(0.5 - 0.3 * learned), "loss/reference": _noisy(0.02 + 0.05 * learned)} if stable else {}),
+        **(
+            {"loss/gold": _noisy(0.5 - 0.3 * learned), "loss/reference": _noisy(0.02 + 0.05 * learned)}
+            if stable
+            else {}
+        ),
         "completions/mean_length": _noisy(13 + 5 * learned * (not stable) + 40 * collapse),
         "completions/length_p50": _noisy(12 + 40 * collapse),
         "completions/length_p90": min(80.0, _noisy(19 + 8 * learned * (not stable) + 60 * collapse)),

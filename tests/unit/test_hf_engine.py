@@ -220,6 +220,17 @@ def test_dropping_rows_and_batch_size_change_no_completion(build: Any, options: 
     assert len(set(expected.lengths())) > 3, "the lengths must differ for the test to mean anything"
 
 
+def test_dropping_rows_changes_no_long_completion() -> None:
+    model = llama(initializer_range=0.02)  # nearly uniform: one token in 24 ends a completion
+    examples, sampling = prompts(3), Sampling(max_new_tokens=150, num_generations=64)
+    expected = engine(model, compact_below=0.0).generate(examples, sampling, step=0)
+    rollouts = engine(model, compact_below=1.0).generate(examples, sampling, step=0)
+    assert rollouts.completions() == expected.completions()
+    assert sum(length > 70 for length in expected.lengths()) > 1, (
+        "some must outlive refills of cache and random numbers"
+    )
+
+
 def test_the_order_of_examples_changes_no_completion() -> None:
     examples = prompts(3, 9, 1, 5)
     sampling = Sampling(max_new_tokens=20)
@@ -389,6 +400,11 @@ def test_impossible_ids_are_not_drawn_even_at_the_ends_of_the_range(settings: di
     ids, logprobs = draw_tokens(logits.expand(4, -1), Sampling(max_new_tokens=1, **settings), uniforms)
     assert set(ids.tolist()) <= {1, 3}
     assert logprobs.isfinite().all()
+
+
+def test_a_random_number_on_a_step_of_the_distribution_draws_the_id_above() -> None:
+    ids, _ = draw_tokens(torch.zeros(4, 4), Sampling(max_new_tokens=1), torch.arange(4, dtype=torch.float64) / 4)
+    assert ids.tolist() == [0, 1, 2, 3]
 
 
 def test_frequencies_of_drawn_tokens_match_the_softmax() -> None:

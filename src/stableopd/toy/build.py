@@ -111,7 +111,7 @@ def train_student(
 
 def first_right_share(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], seed: int) -> float:
     """Share of completions at temperature 1 that begin with the right chain."""
-    examples = [_prompt_example(prompt, tokenizer, index) for index, prompt in enumerate(prompts)]
+    examples = [prompt_example(prompt, tokenizer, index) for index, prompt in enumerate(prompts)]
     num_digits = len(prompts[0])
     rollouts = toy_engine(model, tokenizer).generate(examples, Sampling(max_new_tokens=num_digits, seed=seed), step=0)
     texts = tokenizer.batch_decode(rollouts.completions())
@@ -178,10 +178,10 @@ def _example(
 ) -> Example:
     sample = sampler(world, prompt, rng)
     gold_ids = _ids(tokenizer, sample.text)
-    return replace(_prompt_example(prompt, tokenizer, 0), gold_ids=gold_ids, gold_weights=sample.weights)
+    return replace(prompt_example(prompt, tokenizer, 0), gold_ids=gold_ids, gold_weights=sample.weights)
 
 
-def _prompt_example(prompt: str, tokenizer: PreTrainedTokenizerBase, index: int) -> Example:
+def prompt_example(prompt: str, tokenizer: PreTrainedTokenizerBase, index: int) -> Example:
     text = prompt_text(prompt)
     return Example(index=index, prompt=text, prompt_ids=_ids(tokenizer, text))
 

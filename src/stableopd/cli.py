@@ -1,0 +1,139 @@
+"""The `stableopd` command. Each subcommand reads its input, calls one function, and prints."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from stableopd.errors import StableOPDError
+
+app = typer.Typer(
+    name="stableopd",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="On-policy distillation that does not collapse: train, watch and explain.\n\n"
+    "Start with [bold]stableopd demo[/]: it trains a small world on this machine, in which plain OPD collapses "
+    "and StableOPD does not.",
+)
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+@app.command(
+    epilog="Example: [bold]stableopd demo --out demo[/], then open demo/report.html. A quick look: "
+    "[bold]stableopd demo --quick[/]"
+)
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write; must not hold another demo.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Another teacher, student and prompt order.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Every part in about a minute; too short to promise a collapse.")
+    ] = False,
+    world: Annotated[
+        str, typer.Option(help="t4 (part of the gold is terse) or a (all gold shows its working).")
+    ] = "t4",
+    teacher: Annotated[
+        str, typer.Option(help="The teacher's re-check habit: standard, moderate or clean.")
+    ] = "standard",
+    terse: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of golden solutions that are answer-only.")
+    ] = None,
+    gold_pool: Annotated[
+        int | None, typer.Option(min=1, help="Draw gold from so many solutions instead of one per prompt.")
+    ] = None,
+) -> None:
+    """Watch plain OPD collapse and StableOPD hold, on small models trained here and now."""
+    from stableopd.toy.demo import DemoSettings, run_demo
+
+    run_demo(
+        DemoSettings(
+            out=out, seed=seed, quick=quick, world=world, teacher=teacher, terse_fraction=terse, gold_pool=gold_pool
+        ),
+        Console(),
+    )
+
+
+@app.command(
+    epilog="Example: [bold]stableopd train run.yaml optimizer.learning_rate=2e-6 lambda_gold=0.5[/]. "
+    "After a crash: the same command with [bold]--resume[/]"
+)
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML configuration; see recipes/ for examples.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings laid over it, as dotted.key=value.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
+) -> None:
+    """Train one student: SFT, OPD or StableOPD, or any sum of their terms."""
+    from stableopd.config_files import load_config
+
+    settings = load_config(config, overrides or [])
+    if settings.run_dir.exists() and not resume and any(settings.run_dir.iterdir()):
+        from stableopd.recorder import RunRecorder
+
+        RunRecorder(settings.run_dir, resume=False)  # refuses, before any model is loaded
+    from stableopd.console import ConsoleReporter, quiet_libraries, spinner
+    from stableopd.trainer import StableOPDTrainer
+
+    quiet_libraries()
+    console = Console(soft_wrap=True)
+
+    with spinner(console, "loading student, teacher and data"):
+        trainer = StableOPDTrainer(args=settings)
+    if trainer.accelerator.is_main_process:
+        trainer.callbacks.append(ConsoleReporter(console))
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except KeyboardInterrupt:
+        _interrupted(f"stopped; go on with: stableopd train {config} --resume")
+    finally:
+        for callback in trainer.callbacks:
+            if isinstance(callback, ConsoleReporter):
+                callback.close()
+    if trainer.accelerator.is_main_process:
+        console.print(f"done. Look at it: stableopd report {escape(str(settings.run_dir))}", highlight=False)
+
+
+@app.command(epilog="Example: [bold]stableopd report runs/opd runs/stableopd -o compare.html[/]")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, laid over each other.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File to write; default: report.html in the first run folder.")
+    ] = None,
+) -> None:
+    """Make one self-contained HTML page of run folders: verdict, curves, rollouts, configuration."""
+    from stableopd.report import write_report
+
+    path = write_report(runs, output or runs[0] / "report.html")
+    Console().print(f"wrote {escape(str(path))}", highlight=False)
+
+
+def main() -> None:
+    """Entry point: errors made for users become one message on stderr and exit status 2."""
+    try:
+        app()
+    except StableOPDError as error:
+        _complain(str(error))
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        _interrupted("stopped")
+
+
+def _complain(message: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False)
+
+
+def _interrupted(message: str) -> Any:
+    Console(stderr=True, soft_wrap=True).print(escape(message), highlight=False)
+    sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

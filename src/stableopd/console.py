@@ -1,0 +1,121 @@
+"""What a run shows in the terminal: a bar on terminals, plain lines in files, alerts as they come."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from stableopd.protocols import Callback
+from stableopd.types import Alert
+
+STYLES = {"info": "cyan", "warning": "yellow", "critical": "bold red"}
+
+
+class ConsoleReporter(Callback):
+    """One line per logged step: loss, length, truncated, repetitive, accuracy; alerts in full."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    def on_train_begin(self, trainer: Any) -> None:
+        config, state = trainer.config, trainer.state
+        resumed = f", from step {state.step}" if state.step else ""
+        self.console.print(
+            f"[bold]{config.method}[/]  {config.max_steps} steps of {config.rollout.num_prompts} prompts{resumed}"
+            f"  ->  {escape(str(config.run_dir))}"
+        )
+        if self.console.is_terminal:
+            self._progress = progress_bar(self.console)
+            self._task = self._progress.add_task(config.method, total=config.max_steps, completed=state.step)
+            self._progress.start()
+
+    def on_step_end(self, trainer: Any, metrics: Mapping[str, float], alerts: Sequence[Alert]) -> None:
+        step = int(metrics["step"])
+        name = trainer.config.evaluation.name
+        has_eval = f"eval/{name}/mean_length" in metrics
+        if has_eval or step % trainer.config.logging.every_steps == 0 or step == trainer.config.max_steps:
+            self.console.print(_line(step, metrics, name), highlight=False)
+        for alert in alerts:
+            print_alert(self.console, alert)
+        if self._progress:
+            self._progress.update(self._task, completed=step)
+
+    def on_save(self, trainer: Any, path: str) -> None:
+        self.console.print(f"[dim]saved {escape(path)}[/]", highlight=False)
+
+    def on_train_end(self, trainer: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+
+def progress_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+@contextmanager
+def spinner(console: Console, text: str) -> Iterator[None]:
+    """Says what is going on for as long as it takes; a plain line where there is no terminal."""
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        console.print(text, highlight=False)
+        yield
+
+
+def sparkline(values: Sequence[float], low: float, high: float) -> str:
+    """A curve in block characters, one per value, from `low` to `high`."""
+    blocks = "▁▂▃▄▅▆▇█"
+    scaled = [(value - low) / (high - low) * (len(blocks) - 1) for value in values]
+    return "".join(blocks[min(max(round(level), 0), len(blocks) - 1)] for level in scaled)
+
+
+def quiet_libraries() -> None:
+    """Keep loading bars and advice of other libraries out of our own output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def print_alert(console: Console, alert: Alert) -> None:
+    style = STYLES[alert.severity]
+    console.print(f"[{style}]{alert.severity}[/] {alert.rule}: {escape(alert.message)}", highlight=False)
+
+
+def _line(step: int, metrics: Mapping[str, float], name: str) -> str:
+    cells = [f"step {step:>5}"]
+    for label, key, form in (
+        ("loss", "loss", "{:+.4f}"),
+        ("length", "completions/mean_length", "{:.1f}"),
+        ("truncated", "completions/clipped_ratio", "{:.0%}"),
+        ("repetitive", "health/repetition_rate", "{:.0%}"),
+        ("in loops", "health/loop_token_fraction", "{:.0%}"),
+        ("accuracy", f"eval/{name}/accuracy", "[bold]{:.1%}[/]"),
+        ("greedy", f"eval/{name}_greedy/accuracy", "[bold]{:.1%}[/]"),
+        ("greedy truncated", f"eval/{name}_greedy/truncation_rate", "{:.0%}"),
+        ("s", "step_time", "{:.2f}"),
+    ):
+        if key in metrics:
+            cells.append(f"{label} {form.format(metrics[key])}")
+    return "  ".join(cells)
