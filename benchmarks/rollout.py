@@ -102,7 +102,7 @@ def counting_down(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
     def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         ids, kept = kwargs["input_ids"], kwargs.get("logits_to_keep", 0)
         ids = ids[:, kept] if isinstance(kept, Tensor) else ids[:, -output.logits.shape[1] :]
-        output.logits.scatter_(-1, (ids - 1).clamp(min=END)[..., None], 1e4)
+        output.logits.scatter_(-1, (ids - 1).clamp(min=END)[..., None], 50.0)
 
     model.register_forward_hook(hook, with_kwargs=True)
     return model
@@ -232,7 +232,7 @@ def main() -> None:
         shown = [f"{value:.2f}x" if value else "-" for value in against.values()]
         table.add_row(case.name, f"{useful:.0%}", *medians, *shown)
         ratios[case.name] = {key: value and round(value, 2) for key, value in against.items()}
-    Console().print(table)
+    Console(width=110).print(table)
     overall = {
         key: median_or_none([case[key] for case in ratios.values()])
         for key in ("vs_generate", "vs_continuous_batching")

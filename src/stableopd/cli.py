@@ -67,18 +67,16 @@ def demo(
     "After a crash: the same command with [bold]--resume[/]"
 )
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML configuration; see recipes/ for examples.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings laid over it, as dotted.key=value.")] = None,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="YAML configuration; see recipes/ for examples.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings laid over it, such as optimizer.learning_rate=1e-6.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
 ) -> None:
     """Train one student: SFT, OPD or StableOPD, or any sum of their terms."""
     from stableopd.config_files import load_config
+    from stableopd.recorder import check_run_folder
 
     settings = load_config(config, overrides or [])
-    if settings.run_dir.exists() and not resume and any(settings.run_dir.iterdir()):
-        from stableopd.recorder import RunRecorder
-
-        RunRecorder(settings.run_dir, resume=False)  # refuses, before any model is loaded
+    check_run_folder(settings.run_dir, resume=resume)
     from stableopd.console import ConsoleReporter, quiet_libraries, spinner
     from stableopd.trainer import StableOPDTrainer
 
@@ -103,7 +101,7 @@ def train(
 
 @app.command(epilog="Example: [bold]stableopd report runs/opd runs/stableopd -o compare.html[/]")
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, laid over each other.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, laid over each other.")],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="File to write; default: report.html in the first run folder.")
     ] = None,
@@ -118,7 +116,7 @@ def report(
 def main() -> None:
     """Entry point: errors made for users become one message on stderr and exit status 2."""
     try:
-        app()
+        app(prog_name="stableopd")
     except StableOPDError as error:
         _complain(str(error))
         sys.exit(BAD_INPUT)

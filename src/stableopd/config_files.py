@@ -110,9 +110,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}{_yaml_problem(error)}") from None
-    if key in FLAT_NAMES:
-        raw.pop(key, None)
-    set_path(raw, FLAT_NAMES.get(key, key), value, why=f"override {override!r}")
+    dotted = FLAT_NAMES.get(key, key)
+    for name, target in FLAT_NAMES.items():
+        if target == dotted:
+            raw.pop(name, None)
+    set_path(raw, dotted, value, why=f"override {override!r}")
 
 
 def _placed(error: ConfigError, path: str | Path, lines: Mapping[str, int]) -> Iterator[str]:

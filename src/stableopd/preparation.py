@@ -65,26 +65,23 @@ def prepare_data(
     return RunData(stream=stream, gold_pool=pool, held_out=held_out[: config.evaluation.num_prompts])
 
 
-def check_models(
-    student: nn.Module, teacher: nn.Module | None, tokenizer: PreTrainedTokenizerBase, config: StableOPDConfig
-) -> None:
-    """Raises: ModelError when a model has fewer embeddings than the tokenizer has ids, or too short a context."""
+def check_model(role: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: StableOPDConfig) -> None:
+    """Raises: ModelError or ConfigError when the model has fewer embeddings than the tokenizer has ids, or too short
+    a context for the completions.
+    """
     num_ids = vocab_size(tokenizer)
-    for role, model in (("student", student), ("teacher", teacher)):
-        if model is None:
-            continue
-        rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-        if rows < num_ids:
-            raise ModelError(
-                f"the {role} has {rows} embeddings and the student's tokenizer {num_ids} ids; they are not a pair. "
-                f"Resize the {role}'s embeddings or take the tokenizer that it was trained with"
-            )
-        context, budget = context_length(model), config.rollout.max_completion_length
-        if config.objective.needs_rollouts and context is not None and context <= budget:
-            raise ConfigError(
-                f"rollout.max_completion_length is {budget}, but the {role}'s context is {context} tokens, prompt "
-                "included; lower it"
-            )
+    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    if rows < num_ids:
+        raise ModelError(
+            f"the {role} has {rows} embeddings and the student's tokenizer {num_ids} ids; they are not a pair. "
+            f"Resize the {role}'s embeddings or take the tokenizer that it was trained with"
+        )
+    context, budget = context_length(model), config.rollout.max_completion_length
+    if config.objective.needs_rollouts and context is not None and context <= budget:
+        raise ConfigError(
+            f"rollout.max_completion_length is {budget}, but the {role}'s context is {context} tokens, prompt "
+            "included; lower it"
+        )
 
 
 def check_processes(accelerator: Accelerator, expected: int | None) -> None:

@@ -192,7 +192,7 @@ def _decode(raw: bytes, path: Path, first_line: int) -> str:
 
 def _parse(text: str, path: Path, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.rstrip())
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         hint = ". If it holds one object per line, name it .jsonl" if path.suffix == ".json" else ". Correct the line"

@@ -31,14 +31,7 @@ class RunRecorder:
 
     def __init__(self, path: Path, *, resume: bool) -> None:
         self.path = path
-        occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
-        if occupied and not path.is_dir():
-            raise RunFolderError(f"{path} is a file; output_dir must be a folder")
-        if occupied and not resume:
-            raise RunFolderError(
-                f"{path} already holds something. Go on with the run that is there with --resume, "
-                "or choose another output_dir; an existing run is never overwritten"
-            )
+        check_run_folder(path, resume=resume)
         try:
             (path / "rollouts").mkdir(parents=True, exist_ok=True)
             (path / "checkpoints").mkdir(exist_ok=True)
@@ -70,6 +63,20 @@ class RunRecorder:
 
     def close(self) -> None:
         self._lock.close()
+
+
+def check_run_folder(path: Path, *, resume: bool) -> None:
+    """Whether a run may write into `path`: a folder that is new or empty, or the run that it resumes.
+
+    Raises: RunFolderError otherwise.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"{path} is a file; output_dir must be a folder")
+    if path.is_dir() and any(path.iterdir()) and not resume:
+        raise RunFolderError(
+            f"{path} already holds something. Go on with the run that is there with --resume, "
+            "or choose another output_dir; an existing run is never overwritten"
+        )
 
 
 def write_atomically(path: Path, text: str) -> None:

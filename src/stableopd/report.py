@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from stableopd import __version__
+import stableopd
 from stableopd.recorder import write_atomically
 from stableopd.report_charts import Chart, Section, colours, first_screen, sections
 from stableopd.report_samples import ShownSample, printable, shown_samples
@@ -69,7 +69,7 @@ def render_report(runs: Sequence[RunRecord]) -> str:
         colours=colours(runs),
         charts=_figures(top, below),
         plotly=Markup(get_plotlyjs()),
-        version=__version__,
+        version=stableopd.__version__,
     )
 
 

@@ -180,9 +180,10 @@ def _trace(curve: Curve, number: int, run: str, points: list[tuple[int, float]],
 
 def _layout(panel: Panel, runs: Sequence[RunRecord]) -> dict[str, Any]:
     last = max((run.last_step or 0 for run in runs), default=0)
+    whole_steps = {"dtick": 1} if last <= 5 else {}
     share = {"tickformat": ".0%", "range": [-0.02, 1.04]} if panel.unit == "share" else {}
     return {
-        "xaxis": {"title": {"text": "step"}, "range": [-0.01 * last, max(1, 1.01 * last)]},
+        "xaxis": {"title": {"text": "step"}, "range": [-0.01 * last, max(1, 1.01 * last)], **whole_steps},
         "yaxis": {"title": {"text": "" if share else panel.unit}, **share},
     }
 

@@ -25,7 +25,7 @@ from stableopd.judges import get_judge
 from stableopd.metrics import Stopwatch, TrackerSink, mean_of
 from stableopd.models import context_length, frozen_copy, load_model, load_tokenizer
 from stableopd.optimizer import adamw, learning_rate_at
-from stableopd.preparation import Rows, check_models, check_processes, prepare_data
+from stableopd.preparation import Rows, check_model, check_processes, prepare_data
 from stableopd.protocols import Callback
 from stableopd.recorder import RunRecorder
 from stableopd.rollout.hf import HFEngine
@@ -75,9 +75,11 @@ class StableOPDTrainer:
         self._end_ids = end_token_ids(self.tokenizer, getattr(student, "generation_config", None))
         self._pad_id = pad_token_id(self.tokenizer)
         self._vocab_size = vocab_size(self.tokenizer)
+        check_model("student", student, self.tokenizer, config)
         self.data = prepare_data(config, self.tokenizer, context_length(student), train_dataset, eval_dataset)
         teacher = self._load_teacher(teacher_model)
-        check_models(student, teacher, self.tokenizer, config)
+        if teacher is not None:
+            check_model("teacher", teacher, self.tokenizer, config)
         self._build(student, teacher)
 
     def _load_teacher(self, teacher_model: str | nn.Module | None) -> nn.Module | None:

@@ -222,11 +222,11 @@ def test_dropping_rows_and_batch_size_change_no_completion(build: Any, options: 
 
 def test_dropping_rows_changes_no_long_completion() -> None:
     model = llama(initializer_range=0.02)  # nearly uniform: one token in 24 ends a completion
-    examples, sampling = prompts(3), Sampling(max_new_tokens=150, num_generations=64)
+    examples, sampling = prompts(3), Sampling(max_new_tokens=150, num_generations=128)
     expected = engine(model, compact_below=0.0).generate(examples, sampling, step=0)
     rollouts = engine(model, compact_below=1.0).generate(examples, sampling, step=0)
     assert rollouts.completions() == expected.completions()
-    assert sum(length > 70 for length in expected.lengths()) > 1, (
+    assert sum(length > 70 for length in expected.lengths()) > 2, (
         "some must outlive refills of cache and random numbers"
     )
 

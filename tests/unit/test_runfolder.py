@@ -25,7 +25,9 @@ def append(path: Path, text: str) -> None:
 
 
 def test_reading_a_run_folder_needs_no_torch(run: Path) -> None:
-    code = "import sys; from stableopd.runfolder import read_run; read_run(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from stableopd.runfolder import read_run; read_run(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code, str(run)], check=False).returncode == 0
 
 
@@ -98,7 +100,7 @@ def test_a_configuration_must_be_a_mapping(run: Path) -> None:
 
 
 def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="does not exist.*metrics.jsonl"):
+    with pytest.raises(RunFolderError, match=r"does not exist.*metrics\.jsonl"):
         read_run(tmp_path / "nowhere")
 
 
@@ -108,7 +110,7 @@ def test_a_file_is_refused(run: Path) -> None:
 
 
 def test_a_folder_of_runs_is_refused_and_the_runs_in_it_are_named(run: Path) -> None:
-    with pytest.raises(RunFolderError, match=r"neither metrics.jsonl nor config.yaml.*Did you mean .*opd\?"):
+    with pytest.raises(RunFolderError, match=r"neither metrics\.jsonl nor config.yaml.*Did you mean .*opd\?"):
         read_run(run.parent)
 
 
@@ -134,7 +136,7 @@ def test_a_series_keeps_nan_and_leaves_out_what_is_no_number(tmp_path: Path) -> 
 
 def test_first_middle_worst_and_last_rollouts_are_sampled(run: Path) -> None:
     samples = read_run(run).rollouts
-    assert [sample.label for sample in samples][0] == "first"
+    assert samples[0].label == "first"
     assert {sample.label for sample in samples} >= {"first", "worst"}
     assert [sample.step for sample in samples] == sorted({sample.step for sample in samples})
     assert all(len(sample.rollouts) == ROLLOUTS_PER_STEP for sample in samples)

@@ -1,0 +1,193 @@
+"""N steps equal k steps and a resume, bit for bit; a kill at any instant leaves a folder that resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stableopd.checkpoint import checkpoints_in
+from stableopd.config import StableOPDConfig
+from stableopd.errors import ConfigError, RunFolderError
+from stableopd.protocols import Callback
+from stableopd.trainer import StableOPDTrainer
+
+TIMES = ("step_time", "time/")
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAfter(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, trainer, metrics, alerts):
+        if metrics["step"] == self.step:
+            raise Stop
+
+
+def train(settings, folder, *, stop_after=None, resume=False):
+    config = StableOPDConfig(**{**settings, "output_dir": str(folder)})
+    trainer = StableOPDTrainer(args=config, callbacks=[StopAfter(stop_after)] if stop_after else [])
+    if stop_after:
+        with pytest.raises(Stop):
+            trainer.train(resume_from_checkpoint=resume)
+    else:
+        trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def records(path: Path) -> list[dict]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows]
+
+
+def assert_same_run(left: Path, right: Path, last_step: int) -> None:
+    for name in ("metrics.jsonl", "alerts.jsonl"):
+        assert records(left / name) == records(right / name), name
+    assert [row["step"] for row in records(left / "metrics.jsonl")] == list(range(last_step + 1))
+    for file in sorted((left / "rollouts").iterdir()):
+        assert file.read_text() == (right / "rollouts" / file.name).read_text()
+    name = f"step-{last_step:06d}"
+    for part in ("model.safetensors", "optimizer.safetensors"):
+        one, other = (load_file(run / "checkpoints" / name / part) for run in (left, right))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), part
+    states = [json.loads((run / "checkpoints" / name / "trainer_state.json").read_text()) for run in (left, right)]
+    assert states[0] == states[1]
+    assert states[0]["monitor"], "the monitor's state is part of it"
+
+
+@pytest.mark.parametrize("method", ["stableopd", "sft"])
+@pytest.mark.parametrize("stop_after", [2, 3])
+def test_resuming_gives_the_run_that_was_never_stopped(run_settings, tmp_path, method, stop_after):
+    settings = run_settings(method=method, max_steps=5)
+    train(settings, tmp_path / "whole")
+    train(settings, tmp_path / "parts", stop_after=stop_after)
+    resumed = train(settings, tmp_path / "parts", resume=True)
+    assert resumed.state.step == 5
+    if method == "sft":
+        assert not list((tmp_path / "whole" / "rollouts").iterdir())
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 5)
+
+
+def test_the_same_settings_give_the_same_run_and_another_seed_another(run_settings, tmp_path):
+    settings = run_settings(max_steps=2)
+    for name, seed in (("one", 3), ("two", 3), ("three", 4)):
+        train({**settings, "seed": seed}, tmp_path / name)
+    assert_same_run(tmp_path / "one", tmp_path / "two", 2)
+    assert records(tmp_path / "one" / "metrics.jsonl") != records(tmp_path / "three" / "metrics.jsonl")
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_over(run_settings, tmp_path):
+    settings = run_settings(max_steps=2)
+    train(settings, tmp_path / "whole")
+    train(settings, tmp_path / "parts", stop_after=1)
+    assert not checkpoints_in(tmp_path / "parts" / "checkpoints")[1:]
+    train(settings, tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 2)
+
+
+def test_a_torn_line_and_half_written_checkpoints_are_cleared_away(run_settings, tmp_path):
+    settings = run_settings(max_steps=4)
+    train(settings, tmp_path / "whole")
+    train(settings, tmp_path / "parts", stop_after=3)
+    folder = tmp_path / "parts"
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 4, "los\xe2\x82')
+    (folder / "checkpoints" / ".new-step-000004").mkdir()
+    (folder / "checkpoints" / ".new-step-000004" / "model.safetensors").write_text("half")
+    train(settings, folder, resume=True)
+    assert_same_run(tmp_path / "whole", folder, 4)
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_an_existing_run_is_not_written_into_without_resume(run_settings, tmp_path):
+    settings = run_settings(max_steps=1)
+    train(settings, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(RunFolderError, match="--resume"):
+        train(settings, tmp_path / "run")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_run_does_not_go_on_under_another_configuration(run_settings, tmp_path):
+    settings = run_settings(max_steps=1)
+    train(settings, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"rollout.temperature: 1.0 -> 0.5"):
+        train(run_settings(max_steps=1, rollout={"temperature": 0.5}), tmp_path / "run", resume=True)
+
+
+def test_a_folder_that_another_process_writes_is_refused(run_settings, tmp_path):
+    config = StableOPDConfig(**run_settings(max_steps=1))
+    first = StableOPDTrainer(args=config)
+    first._open_run_folder(resume=False)
+    with pytest.raises(RunFolderError, match="another process"):
+        StableOPDTrainer(args=config).train(resume_from_checkpoint=True)
+    first._close_run_folder()
+
+
+def test_rotation_keeps_the_last_ones_and_the_best(run_settings, tmp_path):
+    class PretendAccuracy(StableOPDTrainer):
+        def evaluate(self):
+            return {"eval/validation/accuracy": 1.0 - abs(len(self.seen) - 2) * 0.1 if not self.seen.append(0) else 0}
+
+        seen: list = []  # noqa: RUF012
+
+    settings = run_settings(max_steps=6, checkpoint={"every_steps": 1, "keep_last": 2}, evaluation={"every_steps": 1})
+    trainer = PretendAccuracy(args=StableOPDConfig(**settings))
+    trainer.train()
+    kept = [path.name for path in checkpoints_in(tmp_path / "run" / "checkpoints")]
+    assert trainer.state.best_step == 1
+    assert kept == ["step-000001", "step-000005", "step-000006"]
+
+
+def test_a_checkpoint_loads_as_an_ordinary_model_and_is_the_student(run_settings, tmp_path):
+    trainer = train(run_settings(max_steps=2), tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step-000002"
+    loaded = AutoModelForCausalLM.from_pretrained(path)
+    for name, parameter in trainer.student.named_parameters():
+        assert torch.equal(parameter, dict(loaded.named_parameters())[name]), name
+    assert AutoTokenizer.from_pretrained(path).get_vocab() == trainer.tokenizer.get_vocab()
+    suffixes = {file.suffix for file in path.rglob("*") if file.is_file()}
+    assert not suffixes & {".pt", ".bin", ".pkl", ".pth"}, "no pickles"
+
+
+@pytest.mark.slow
+def test_killed_at_random_instants_it_still_ends_as_the_run_that_was_never_killed(run_settings, tmp_path):
+    settings = run_settings(max_steps=6, checkpoint={"every_steps": 1, "keep_last": 1})
+    train(settings, tmp_path / "whole")
+    folder = tmp_path / "killed"
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({**settings, "output_dir": str(folder)}))
+    command = [sys.executable, "-m", "stableopd", "train", str(config), "--resume"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    kills = 0
+    for lines in (1, 3, 4, 6):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(records_or_nothing(folder / "metrics.jsonl")) < lines:
+            time.sleep(0.001)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 3
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "whole", folder, 6)
+
+
+def records_or_nothing(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines() if path.exists() else []

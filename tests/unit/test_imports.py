@@ -1,0 +1,67 @@
+"""Imports point down only, and heavy packages stay where they belong."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[2] / "src" / "stableopd"
+
+LAYERS = (
+    {"errors", "types"},
+    {"losses", "tokens", "reading", "vocabulary", "health.signals", "health.rules", "health.verdict"},
+    {"protocols", "health.monitor", "health", "scoring"},
+    {"config", "runfolder"},
+    {"config_files", "data", "models", "optimizer", "judges", "rollout", "rollout.hf", "teachers", "teachers.local"},
+    {"metrics", "recorder", "checkpoint", "step", "evaluate", "preparation", "console"}
+    | {"plots", "report", "report_charts", "report_samples", "report_text"},
+    {"trainer"},
+    {"toy", "toy.task", "toy.tokenizer", "toy.models", "toy.build", "toy.demo"},
+    {"cli", "__main__", "__init__"},
+)
+LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+WITHOUT_TORCH = ("health.signals", "health.rules", "health.monitor", "health.verdict", "report", "runfolder", "plots")
+
+
+def modules() -> dict[str, Path]:
+    names = {}
+    for path in SOURCE.rglob("*.py"):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        names[name] = path
+    return names
+
+
+def imported(path: Path, *, everywhere: bool = False) -> set[str]:
+    """Modules of the package that are imported when this one is (also inside functions: `everywhere`)."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else tree.body
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "stableopd":
+            name = node.module.removeprefix("stableopd").lstrip(".")
+            found |= {name} if name else {alias.name for alias in node.names}
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path.name}: relative import"
+    return found
+
+
+def test_every_module_has_a_layer():
+    assert set(modules()) == set(LEVEL)
+
+
+@pytest.mark.parametrize("module", sorted(set(LEVEL) - {"__init__", "cli", "__main__"}))
+def test_a_module_imports_only_from_its_own_layer_or_below(module):
+    too_high = {
+        name for name in imported(modules()[module], everywhere=True) if LEVEL[name] > LEVEL[module]
+    }
+    assert not too_high, f"{module} (layer {LEVEL[module]}) imports {too_high} from above"
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_what_reads_and_watches_runs_without_torch(module):
+    code = f"import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None; import stableopd.{module}"
+    subprocess.run([sys.executable, "-c", code], check=True)
