@@ -67,8 +67,13 @@ def demo(
     "After a crash: the same command with [bold]--resume[/]"
 )
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="YAML configuration; see recipes/ for examples.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings laid over it, such as optimizer.learning_rate=1e-6.")] = None,
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml", help="YAML configuration; see recipes/ for examples.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings laid over it, such as optimizer.learning_rate=1e-6."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
 ) -> None:
     """Train one student: SFT, OPD or StableOPD, or any sum of their terms."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from stableopd.report_charts import accuracy_key, colour_groups, colours, main_evaluation
-from stableopd.report_text import headline
+from stableopd.report.charts import accuracy_key, colour_groups, colours, main_evaluation
+from stableopd.report.text import headline
 from stableopd.runfolder import RunRecord
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from stableopd.trainer import StableOPDTrainer
 TIMES = ("step_time", "time/")
 
 
-class Stop(Exception):
+class StopHere(Exception):  # noqa: N818 - not an error
     pass
 
 
@@ -35,14 +35,14 @@ class StopAfter(Callback):
 
     def on_step_end(self, trainer, metrics, alerts):
         if metrics["step"] == self.step:
-            raise Stop
+            raise StopHere
 
 
 def train(settings, folder, *, stop_after=None, resume=False):
     config = StableOPDConfig(**{**settings, "output_dir": str(folder)})
     trainer = StableOPDTrainer(args=config, callbacks=[StopAfter(stop_after)] if stop_after else [])
     if stop_after:
-        with pytest.raises(Stop):
+        with pytest.raises(StopHere):
             trainer.train(resume_from_checkpoint=resume)
     else:
         trainer.train(resume_from_checkpoint=resume)

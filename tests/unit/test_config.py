@@ -51,7 +51,7 @@ def test_trl_names_are_put_where_they_belong():
 
 
 def test_a_setting_given_under_both_of_its_names_is_refused():
-    with pytest.raises(ConfigError, match="'learning_rate' and 'optimizer.learning_rate' are the same"):
+    with pytest.raises(ConfigError, match=r"'learning_rate' and 'optimizer\.learning_rate' are the same"):
         StableOPDConfig(learning_rate=1e-6, optimizer={"learning_rate": 1e-5})
 
 

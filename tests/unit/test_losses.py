@@ -182,7 +182,7 @@ def test_the_expected_gradient_of_the_penalty_is_that_of_the_exact_divergence():
 
 
 def test_an_unknown_estimator_is_named():
-    with pytest.raises(ValueError, match="'k4'.*k1, k2, k3"):
+    with pytest.raises(ValueError, match=r"'k4'.*k1, k2, k3"):
         losses.kl_estimate(torch.zeros(1), torch.zeros(1), "k4")  # type: ignore[arg-type]
 
 

@@ -18,10 +18,10 @@ from fake_runs import LOOP, write_collapsing_run, write_healthy_run, write_lines
 from stableopd.errors import RunFolderError
 from stableopd.plots import write_collapse_picture
 from stableopd.report import write_report
-from stableopd.report_charts import METHOD_COLOURS, PALETTE, colours, first_screen, sections, thin
-from stableopd.report_samples import MAX_CHARS, mark_loops
-from stableopd.report_settings import differences
-from stableopd.report_text import answers, cards, headline
+from stableopd.report.charts import METHOD_COLOURS, PALETTE, colours, first_screen, sections, thin
+from stableopd.report.samples import MAX_CHARS, mark_loops
+from stableopd.report.settings import differences
+from stableopd.report.text import answers, cards, headline
 from stableopd.runfolder import RunRecord, read_run, read_runs
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028\u2029 \ud800 \x00 & \"quoted\" 'so'"

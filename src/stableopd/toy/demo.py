@@ -58,12 +58,13 @@ _TEACHERS: Mapping[str, Callable[[World], World]] = {
     "moderate": World.with_moderate_teacher,
     "clean": World.with_clean_teacher,
 }
+TOKENIZER = build_tokenizer()
 _POLL_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """What the demo builds. `seed` names the prompt order, and by default the teacher and the student too."""
+    """What the demo builds."""
 
     out: Path
     seed: int = 0
@@ -73,8 +74,6 @@ class DemoSettings:
     terse_fraction: float | None = None
     gold_pool: int | None = None
     """Number of golden solutions to draw from; None: one for every prompt."""
-    teacher_seed: int | None = None
-    student_seed: int | None = None
 
     def build_world(self) -> World:
         """Raises: ConfigError for a world or a teacher that does not exist."""
@@ -109,8 +108,12 @@ def run_demo(settings: DemoSettings, console: Console) -> None:
         "[bold]stableopd demo[/]: a teacher that likes to re-check its work, a student that learns from it on its own "
         "rollouts.\nThe same student is trained twice, with the same prompts and seed: plain OPD, and StableOPD.\n"
     )
-    build_demo(settings, world, console)
-    _run_side_by_side([_write_config(settings, method) for method in METHODS], out, console)
+    with one_thread(), _progress(console) as progress:
+        teacher = train_teacher(world, TOKENIZER, settings.seed, settings.teacher_recipe, progress)
+        student = train_student(world, TOKENIZER, settings.seed, settings.student_recipe, progress)
+    checks = write_world(settings, world, teacher, student)
+    _show_checks(checks, console)
+    run_side_by_side(settings, console)
     runs = [read_run(out / method) for method in METHODS]
     report = write_report([out / method for method in METHODS], out / "report.html")
     write_collapse_picture(runs, out / "collapse.png")
@@ -126,25 +129,19 @@ def run_demo(settings: DemoSettings, console: Console) -> None:
 # ---------------------------------------------------------------------- the world
 
 
-def build_demo(settings: DemoSettings, world: World, console: Console) -> None:
-    """Train teacher and student, check them, and write `teacher/`, `student/` and `data/`."""
-    tokenizer = build_tokenizer()
-    out = settings.out
-    teacher_seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
-    student_seed = settings.seed if settings.student_seed is None else settings.student_seed
-    with _one_thread():
-        with _progress(console) as progress:
-            teacher = train_teacher(world, tokenizer, teacher_seed, settings.teacher_recipe, progress)
-            student = train_student(world, tokenizer, student_seed, settings.student_recipe, progress)
-        checks = {
-            name: check_model(model, tokenizer, world) for name, model in (("teacher", teacher), ("student", student))
-        }
+def write_world(
+    settings: DemoSettings, world: World, teacher: nn.Module, student: nn.Module
+) -> dict[str, dict[str, float]]:
+    """Write `teacher/`, `student/`, `data/` and `models.json`; return what the models can do before distillation."""
+    checks = {}
     for name, model in (("teacher", teacher), ("student", student)):
-        model.save_pretrained(out / name)  # type: ignore[operator]
-        tokenizer.save_pretrained(str(out / name))
+        model.save_pretrained(settings.out / name)  # type: ignore[operator]
+        TOKENIZER.save_pretrained(str(settings.out / name))
+        with one_thread():
+            checks[name] = check_model(model, TOKENIZER, world)
     write_data(settings, world)
-    (out / "models.json").write_text(json.dumps(checks, indent=2) + "\n")
-    _show_checks(checks, console)
+    (settings.out / "models.json").write_text(json.dumps(checks, indent=2) + "\n")
+    return checks
 
 
 def check_model(
@@ -226,7 +223,7 @@ def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Models this small are slower on several threads than on one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -269,8 +266,13 @@ def _show_checks(checks: Mapping[str, Mapping[str, float]], console: Console) ->
 # ---------------------------------------------------------------------- the runs
 
 
-def _run_side_by_side(configs: Sequence[Path], out: Path, console: Console) -> None:
-    """Train all configurations at once, each in a process and on a thread of its own, and show how they do."""
+def run_side_by_side(settings: DemoSettings, console: Console) -> None:
+    """Train with every method at once, each in a process and on a thread of its own, and show how they do.
+
+    Raises: StableOPDError with the end of its log when a run fails.
+    """
+    out = settings.out
+    configs = [_write_config(settings, method) for method in METHODS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     logs = {config.stem: out / f"{config.stem}.log" for config in configs}
     processes: dict[str, subprocess.Popen[bytes]] = {}

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from stableopd.report_charts import accuracy_key, main_evaluation
-from stableopd.report_settings import differences, method
+from stableopd.report.charts import accuracy_key, main_evaluation
+from stableopd.report.settings import differences, method
 from stableopd.runfolder import RunRecord
 
 MISSING = "–"

@@ -14,10 +14,10 @@ from plotly.offline import get_plotlyjs
 
 import stableopd
 from stableopd.recorder import write_atomically
-from stableopd.report_charts import Chart, Section, colours, first_screen, sections
-from stableopd.report_samples import ShownSample, printable, shown_samples
-from stableopd.report_settings import differences, flatten, show
-from stableopd.report_text import answers, cards, headline
+from stableopd.report.charts import Chart, Section, colours, first_screen, sections
+from stableopd.report.samples import ShownSample, printable, shown_samples
+from stableopd.report.settings import differences, flatten, show
+from stableopd.report.text import answers, cards, headline
 from stableopd.runfolder import RunRecord, read_runs
 from stableopd.types import Alert
 

@@ -14,7 +14,7 @@ from itertools import count
 from math import isfinite
 from typing import Any
 
-from stableopd.report_settings import method
+from stableopd.report.settings import method
 from stableopd.runfolder import RunRecord
 
 MAX_POINTS = 1200
