@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from stableopd.errors import RunFolderError
+from stableopd.models import is_adapted
 from stableopd.types import TrainState
 
 _NAME = re.compile(r"^step-(\d{6,})$")
@@ -65,15 +66,25 @@ def load_checkpoint(path: Path, *, student: nn.Module, optimizer: torch.optim.Op
     """
     try:
         state = TrainState(**json.loads((path / "trainer_state.json").read_text()))
-        dtype = next(student.parameters()).dtype
-        saved = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
-        student.load_state_dict(saved.state_dict())
+        _load_weights(path, student)
         tensors = load_file(path / "optimizer.safetensors")
         scalars = json.loads((path / "optimizer.json").read_text())
         optimizer.load_state_dict(_unflatten(tensors, scalars))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise RunFolderError(f"{path} cannot be resumed from: {error}") from error
     return state
+
+
+def _load_weights(path: Path, student: nn.Module) -> None:
+    if is_adapted(student):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(student, load_file(path / "adapter_model.safetensors"))
+        return
+    saved = AutoModelForCausalLM.from_pretrained(
+        path, dtype=next(student.parameters()).dtype, use_safetensors=True, local_files_only=True
+    )
+    student.load_state_dict(saved.state_dict())
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

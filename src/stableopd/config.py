@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -79,7 +79,17 @@ class ModelConfig(Section):
     attn_implementation: str | None = None
 
 
+class LoraSettings(Section):
+    """Low-rank adapters in place of full fine-tuning; the reference is then the model with its adapters off."""
+
+    r: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
 class StudentConfig(ModelConfig):
+    lora: LoraSettings | None = None
     dtype: Dtype = "float32"
     """Weights are kept in this dtype; with `optimizer.bf16` the arithmetic is bfloat16 all the same."""
 
@@ -391,8 +401,10 @@ def _wrong_value(dotted: str, problem: Any) -> str:
 
 def _dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, info in section.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from _dotted_keys(info.annotation, f"{prefix}{name}.")
+        kinds = get_args(info.annotation) or (info.annotation,)
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if sections:
+            yield from _dotted_keys(sections[0], f"{prefix}{name}.")
         else:
             yield prefix + name
 

@@ -36,7 +36,8 @@ class TrackerSink:
 
     def __init__(self, accelerator: Accelerator, project: str, config: Mapping[str, Any]) -> None:
         self._accelerator = accelerator
-        accelerator.init_trackers(project, config=dict(config))
+        plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in config.items()}
+        accelerator.init_trackers(project, config=plain)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._accelerator.log({key: value for key, value in metrics.items() if math.isfinite(value)}, step=step)

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from stableopd.config import ModelConfig
-from stableopd.errors import ModelError
+from stableopd.config import LoraSettings, ModelConfig
+from stableopd.errors import ConfigError, MissingDependencyError, ModelError
+from stableopd.scoring import evaluating
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
@@ -42,6 +43,64 @@ def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError) as error:
         raise _cannot_load("tokenizer", role, name, error) from error
     return tokenizer
+
+
+def lora_config(settings: LoraSettings) -> Any:
+    """The peft configuration of these settings. Raises: MissingDependencyError without peft."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise MissingDependencyError.of("peft", "student.lora", extra="lora") from None
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules
+        if isinstance(settings.target_modules, str)
+        else list(settings.target_modules),
+        task_type="CAUSAL_LM",
+    )
+
+
+def with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
+    """The model with trainable adapters of a peft configuration; its own weights are frozen.
+
+    Raises: ConfigError when the adapters do not fit the model.
+    """
+    from peft import get_peft_model
+
+    try:
+        adapted: nn.Module = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(f"student.lora does not fit this model: {error}") from error
+    return adapted
+
+
+def is_adapted(model: nn.Module) -> bool:
+    return hasattr(model, "disable_adapter")
+
+
+def computing_module(model: nn.Module) -> nn.Module:
+    """The transformers model that does the arithmetic: the model itself, or the one inside peft's wrapper."""
+    return model.get_base_model() if is_adapted(model) else model  # type: ignore[operator, return-value]
+
+
+class AdaptersOff(nn.Module):
+    """The student as it was before its adapters: a reference that costs no memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = [model]  # not a submodule: it is trained elsewhere
+
+    def forward(self, **inputs: Any) -> Any:
+        model = self._model[0]
+        with evaluating(model), model.disable_adapter():  # type: ignore[operator]
+            return computing_module(model)(**inputs)
+
+
+def reference_of(student: nn.Module) -> nn.Module:
+    """The student as it is now, for good: its adapters switched off where it has any, else a frozen copy."""
+    return AdaptersOff(student) if is_adapted(student) else frozen_copy(student)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, LoggerType
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -84,6 +85,17 @@ def check_model(role: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase,
         )
 
 
+def check_trackers(names: Iterable[str]) -> None:
+    """Raises: ConfigError when accelerate does not know a tracker, or its package is not installed."""
+    known = sorted(str(tracker) for tracker in LoggerType if tracker != LoggerType.ALL)
+    installed = {str(tracker) for tracker in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"logging.report_to: there is no tracker {name!r}; known: {', '.join(known)}")
+        if name not in installed:
+            raise ConfigError(f"logging.report_to: {name!r} is not installed; pip install {name}")
+
+
 def check_processes(accelerator: Accelerator, expected: int | None) -> None:
     """Refuses a launch in which the processes would not train together.
 
@@ -148,6 +160,6 @@ def _check_gold_fits(examples: list[Example], context: int | None, needs_gold: b
         length = len(example.prompt_ids) + len(example.gold_ids or ())
         if length > context:
             raise DataError(
-                f"row {example.index}: prompt and gold have {length} tokens, more than the model's context of "
+                f"row {example.index + 1}: prompt and gold have {length} tokens, more than the model's context of "
                 f"{context}; remove the row or take a shorter golden solution (truncated gold teaches never to stop)"
             )

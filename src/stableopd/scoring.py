@@ -92,10 +92,14 @@ class Trimmed:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode (no dropout) for a while."""
-    was_training = model.training
+    """Every submodule in evaluation mode for a while, then each back in its own.
+
+    Evaluation mode means no dropout, and no gradient checkpointing, which would switch off the key-value cache.
+    """
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training

@@ -23,9 +23,18 @@ from stableopd.health.monitor import HealthMonitor
 from stableopd.health.signals import is_repetitive
 from stableopd.judges import get_judge
 from stableopd.metrics import Stopwatch, TrackerSink, mean_of
-from stableopd.models import context_length, frozen_copy, load_model, load_tokenizer
+from stableopd.models import (
+    computing_module,
+    context_length,
+    is_adapted,
+    load_model,
+    load_tokenizer,
+    lora_config,
+    reference_of,
+    with_adapters,
+)
 from stableopd.optimizer import adamw, learning_rate_at
-from stableopd.preparation import Rows, check_model, check_processes, prepare_data
+from stableopd.preparation import Rows, check_model, check_processes, check_trackers, prepare_data
 from stableopd.protocols import Callback
 from stableopd.recorder import RunRecorder
 from stableopd.rollout.hf import HFEngine
@@ -49,6 +58,7 @@ class StableOPDTrainer:
         eval_dataset: held-out rows with an answer. Default: `args.evaluation.path`; none is fine.
         processing_class: the student's tokenizer; default: the one beside the student.
         callbacks: see `stableopd.protocols.Callback`.
+        peft_config: adapters to train in place of all weights; default: those of `args.student.lora`, if any.
 
     Raises: ConfigError, DataError or ModelError before anything is written, when the run cannot work.
     """
@@ -62,9 +72,11 @@ class StableOPDTrainer:
         eval_dataset: Rows | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[Callback] = (),
+        peft_config: Any = None,
     ) -> None:
         self.config = config = _with_names(args or StableOPDConfig(), model, teacher_model)
         self.callbacks = list(callbacks)
+        check_trackers(config.logging.report_to)
         self.accelerator = Accelerator(log_with=list(config.logging.report_to) or None, project_dir=str(config.run_dir))
         check_processes(self.accelerator, config.num_processes)
         self._autocast = _autocast(self.accelerator, config.optimizer.bf16)
@@ -80,6 +92,10 @@ class StableOPDTrainer:
         teacher = self._load_teacher(teacher_model)
         if teacher is not None:
             check_model("teacher", teacher, self.tokenizer, config)
+        if peft_config is None and config.student.lora is not None:
+            peft_config = lora_config(config.student.lora)
+        if peft_config is not None:
+            student = with_adapters(student, peft_config)
         self._build(student, teacher)
 
     def _load_teacher(self, teacher_model: str | nn.Module | None) -> nn.Module | None:
@@ -94,10 +110,13 @@ class StableOPDTrainer:
         config, device = self.config, self.accelerator.device
         if config.optimizer.gradient_checkpointing:
             student.gradient_checkpointing_enable()  # type: ignore[operator]
+            if is_adapted(student):
+                student.enable_input_require_grads()  # type: ignore[operator]
         self.student = student.to(device)
-        reference = frozen_copy(self.student) if config.objective.needs_reference else None
+        module = computing_module(self.student)
+        reference = reference_of(self.student) if config.objective.needs_reference else None
         self.engine = HFEngine(
-            model=self.student,
+            model=module,
             end_token_ids=self._end_ids,
             pad_token_id=self._pad_id,
             vocab_size=self._vocab_size,
@@ -114,7 +133,7 @@ class StableOPDTrainer:
                 autocast=self._autocast,
             )
         self.optimizer = adamw(self.student, config.optimizer)
-        wrapped = self.accelerator.prepare_model(self.student) if self.accelerator.num_processes > 1 else self.student
+        wrapped = self.accelerator.prepare_model(module) if self.accelerator.num_processes > 1 else module
         self.updater = Updater(
             wrapped,
             self.optimizer,
@@ -169,7 +188,7 @@ class StableOPDTrainer:
                 alerts += health.alerts
         with clock.phase("update"):
             metrics.update(self._update(step, positions, examples, rollouts, scores))
-            self.engine.sync_weights(self.student, self.state.policy_version)
+            self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
         metrics.update(clock.metrics())
         if self.data.held_out and self._due(step, self.config.evaluation.every_steps):
             evaluation = self.evaluate()
@@ -332,7 +351,7 @@ class StableOPDTrainer:
             return None
         self.state = load_checkpoint(found[-1], student=self.student, optimizer=self.optimizer)
         self.monitor.load_state_dict(self.state.monitor)
-        self.engine.sync_weights(self.student, self.state.policy_version)
+        self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
         return self.state.step
 
     def _close_run_folder(self) -> None:

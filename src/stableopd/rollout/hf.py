@@ -9,8 +9,8 @@ many completions it gets, and the cache is written in place instead of copied fo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from stableopd.errors import ModelError
+from stableopd.scoring import Autocast, evaluating
 from stableopd.tokens import pad_left, position_ids
 from stableopd.types import Example, FinishReason, RolloutBatch, Sampling
 
@@ -63,7 +64,7 @@ class HFEngine:
         vocab_size: int | None = None,
         max_batch_size: int = 256,
         compact_below: float = 0.75,
-        autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+        autocast: Autocast = nullcontext,
         on_tokens: Callable[[int], None] | None = None,
     ) -> None:
         if max_batch_size < 1:
@@ -75,7 +76,7 @@ class HFEngine:
         self.vocab_size = vocab_size
         self.max_batch_size = max_batch_size
         self.compact_below = compact_below
-        self.autocast = autocast or nullcontext
+        self.autocast = autocast
         self.on_tokens = on_tokens
         self.sync_weights(model, policy_version=0)
 
@@ -184,21 +185,6 @@ class HFEngine:
         table = torch.zeros(size, dtype=torch.bool, device=logits.device)
         table[ends] = True
         return table
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts every submodule in evaluation mode, then each back in its own.
-
-    Evaluation mode also turns off gradient checkpointing, which would otherwise disable the cache.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def draw_tokens(logits: Tensor, sampling: Sampling, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,10 @@ start teaches it to copy, then the style of gold, and stops while it is still we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ Progress = Callable[[str, int, int, float], None]
 """(what is being trained, step, steps in all, loss)"""
 
 _SFT = ObjectiveConfig(distill=DistillConfig(coef=0.0), gold=GoldConfig(coef=1.0))
+MICRO_BATCH_TOKENS = 2_500
 _TEACHER_STREAM, _STUDENT_STREAM = 1, 2
 
 
@@ -48,7 +50,8 @@ _TEACHER_STREAM, _STUDENT_STREAM = 1, 2
 class TeacherRecipe:
     verification_steps: int = 400
     trace_steps: int = 800
-    batch_tokens: int = 2_500
+    verification_batch: int = 192
+    trace_batch: int = 80
     learning_rate: float = 2e-3
     warmup_steps: int = 50
     decay_from: float = 0.7
@@ -77,11 +80,15 @@ def train_teacher(
     rng = np.random.default_rng([seed, _TEACHER_STREAM])
     total = recipe.verification_steps + recipe.trace_steps
     step = 0
-    for sampler, steps in ((verification_example, recipe.verification_steps), (teacher_trace, recipe.trace_steps)):
-        batches = _batches_by_length(world, tokenizer, sampler, rng, recipe.batch_tokens)
+    phases = (
+        (verification_example, recipe.verification_steps, recipe.verification_batch),
+        (teacher_trace, recipe.trace_steps, recipe.trace_batch),
+    )
+    for sampler, steps, batch_size in phases:
         for _ in range(steps):
             rate = recipe.learning_rate * _ramp(step, recipe.warmup_steps, recipe.decay_from * total, total)
-            figures = updater.update(_rows(next(batches), tokenizer), rate)
+            rows = _random_rows(world, tokenizer, sampler, rng, batch_size)
+            figures = updater.update(rows, rate)
             step += 1
             progress("teacher", step, total, figures["loss"])
     return model.eval()
@@ -97,10 +104,8 @@ def train_student(
     train_prompts = training_prompts(world)
     for step in range(1, recipe.max_steps + 1):
         sampler = copying_example if step <= recipe.copying_steps else recheck_example
-        chosen = rng.choice(len(train_prompts), recipe.batch_size)
-        batch = [_example(world, train_prompts[i], tokenizer, sampler, rng) for i in chosen]
         rate = recipe.learning_rate * (1.0 if step < recipe.halve_from else 0.5)
-        figures = updater.update(_rows(batch, tokenizer), rate)
+        figures = updater.update(_random_rows(world, tokenizer, sampler, rng, recipe.batch_size), rate)
         progress("student", step, recipe.max_steps, figures["loss"])
         if step >= recipe.probe_from and step % recipe.probe_every == 0:
             target = recipe.target_first_right * (1 - world.terse_fraction)
@@ -118,6 +123,7 @@ def first_right_share(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prom
     return sum(text == chain(prompt) for text, prompt in zip(texts, prompts, strict=True)) / len(prompts)
 
 
+@cache
 def training_prompts(world: World) -> list[str]:
     return [prompt for prompt in prompts(world) if not is_held_out(prompt)]
 
@@ -146,31 +152,19 @@ def _updater(model: nn.Module, learning_rate: float) -> Updater:
         vocab_size=len(ALPHABET),
         temperature=1.0,
         max_grad_norm=1.0,
-        token_budget=100_000,
+        token_budget=MICRO_BATCH_TOKENS,
         autocast=nullcontext,
     )
 
 
-def _batches_by_length(
-    world: World, tokenizer: PreTrainedTokenizerBase, sampler: Sampler, rng: Generator, batch_tokens: int
-) -> Iterator[list[Example]]:
-    """Endless batches of like length, at most `batch_tokens` with padding, in random order."""
+def _random_rows(
+    world: World, tokenizer: PreTrainedTokenizerBase, sampler: Sampler, rng: Generator, batch_size: int
+) -> TrainingRows:
+    """A batch of sequences of all lengths: sorted into batches, lengths would give the verdicts away."""
     train_prompts = training_prompts(world)
-    while True:
-        chosen = rng.choice(len(train_prompts), 4096)
-        pool = [_example(world, train_prompts[i], tokenizer, sampler, rng) for i in chosen]
-        pool.sort(key=_num_tokens)
-        batches: list[list[Example]] = [[]]
-        for example in pool:
-            if (len(batches[-1]) + 1) * _num_tokens(example) > batch_tokens:
-                batches.append([])
-            batches[-1].append(example)
-        for number in rng.permutation(len(batches)):
-            yield batches[number]
-
-
-def _num_tokens(example: Example) -> int:
-    return len(example.prompt_ids) + len(example.gold_ids or ())
+    chosen = rng.choice(len(train_prompts), batch_size)
+    batch = [_example(world, train_prompts[i], tokenizer, sampler, rng) for i in chosen]
+    return gold_rows(batch, range(batch_size), tokenizer.pad_token_id)
 
 
 def _example(
@@ -188,10 +182,6 @@ def prompt_example(prompt: str, tokenizer: PreTrainedTokenizerBase, index: int) 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _rows(batch: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> TrainingRows:
-    return gold_rows(batch, range(len(batch)), tokenizer.pad_token_id)
 
 
 def _ramp(step: int, warmup: int, decay_from: float, total: int) -> float:
