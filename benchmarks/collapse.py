@@ -1,6 +1,6 @@
 """Does plain OPD collapse, and does StableOPD hold, on teachers and students that nobody has seen before?
 
-    python benchmarks/collapse.py [--quick] [--teachers 101,102] [--students 201,202,203] [--out DIR]
+    python benchmarks/collapse.py [--quick] [--teachers 301,302] [--students 401,402,403] [--out DIR]
 
 Trains fresh teachers and students of the demo's world and, for each pair, OPD and StableOPD from the same
 student with the same seed. Prints one line a pair and, last, one JSON object. docs/demo.md holds its table.
@@ -98,8 +98,8 @@ def _arguments() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the demo's quick recipe; promises no collapse")
-    parser.add_argument("--teachers", type=seeds, default=[101, 102])
-    parser.add_argument("--students", type=seeds, default=[201, 202, 203])
+    parser.add_argument("--teachers", type=seeds, default=[301, 302])
+    parser.add_argument("--students", type=seeds, default=[401, 402, 403])
     parser.add_argument("--world", default="t4", choices=("t4", "a"))
     parser.add_argument("--habit", default="standard", choices=("standard", "moderate", "clean"))
     parser.add_argument("--out", type=Path, default=None, help="keep the run folders here")

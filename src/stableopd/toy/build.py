@@ -50,8 +50,8 @@ _TEACHER_STREAM, _STUDENT_STREAM = 1, 2
 class TeacherRecipe:
     verification_steps: int = 400
     trace_steps: int = 800
-    verification_batch: int = 192
-    trace_batch: int = 80
+    verification_batch: int = 176
+    trace_batch: int = 64
     learning_rate: float = 2e-3
     warmup_steps: int = 50
     decay_from: float = 0.7

@@ -52,6 +52,8 @@ from stableopd.types import Sampling
 METHODS = ("opd", "stableopd")
 MAX_COMPLETION_LENGTH = 80
 TAIL_CHARS, COMPRESSION_THRESHOLD = 64, 2.2
+LAMBDA_GOLD, BETA_KL = 3.0, 0.1
+"""StableOPD's coefficients here. With lambda_gold = 1 some students loop for a while before they recover."""
 
 _TEACHERS: Mapping[str, Callable[[World], World]] = {
     "standard": lambda world: world,
@@ -186,8 +188,10 @@ def demo_config(settings: DemoSettings, method: str) -> StableOPDConfig:
     data: dict[str, Any] = {"path": str(out / "data" / "train.jsonl")}
     if settings.gold_pool:
         data["gold_path"] = str(out / "data" / "gold_pool.jsonl")
+    stabilised = {"lambda_gold": LAMBDA_GOLD, "beta_kl": BETA_KL} if method == "stableopd" else {}
     return StableOPDConfig(
         method=method,
+        **stabilised,
         student={"model_name_or_path": str(out / "student"), "attn_implementation": "eager"},
         teacher={"model_name_or_path": str(out / "teacher"), "attn_implementation": "eager"},
         data=data,

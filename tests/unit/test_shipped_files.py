@@ -1,0 +1,47 @@
+"""Every YAML that ships parses, and what the documents say is true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stableopd.config import PRESETS, StableOPDConfig
+from stableopd.config_files import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_parses_and_names_its_models_and_data(path):
+    config = load_config(path)
+    assert config.student.model_name_or_path
+    assert config.teacher.model_name_or_path
+    assert config.data.path
+
+
+def test_there_are_recipes():
+    assert len(list((ROOT / "recipes").glob("*.yaml"))) >= 3
+
+
+def test_the_configurations_in_the_readme_parse():
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        StableOPDConfig(**yaml.safe_load(block))
+
+
+def test_the_table_of_presets_in_the_documents_is_the_one_in_the_code():
+    text = (ROOT / "docs" / "losses.md").read_text()
+    for method, coefficients in PRESETS.items():
+        row = " | ".join(f"{coefficients[name]:g}" for name in ("distill", "gold", "reference"))
+        assert f"| `{method}` | {row} |" in text
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", *(f"docs/{n}.md" for n in ("losses", "demo"))])
+def test_links_lead_somewhere(document):
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
