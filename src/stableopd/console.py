@@ -24,6 +24,7 @@ class ConsoleReporter(Callback):
         self.console = console
         self._progress: Progress | None = None
         self._task: Any = None
+        self._phase, self._tokens = "", 0
 
     def on_train_begin(self, trainer: Any) -> None:
         config, state = trainer.config, trainer.state
@@ -36,6 +37,19 @@ class ConsoleReporter(Callback):
             self._progress = progress_bar(self.console)
             self._task = self._progress.add_task(config.method, total=config.max_steps, completed=state.step)
             self._progress.start()
+            trainer.engine.on_tokens = self._count_tokens
+
+    def on_phase(self, trainer: Any, step: int, phase: str) -> None:
+        self._phase, self._tokens = f"step {step}: {phase}", 0
+        self._describe()
+
+    def _count_tokens(self, num_tokens: int) -> None:
+        self._tokens += num_tokens
+        self._describe(f", {self._tokens:,} tokens")
+
+    def _describe(self, detail: str = "") -> None:
+        if self._progress:
+            self._progress.update(self._task, description=self._phase + detail)
 
     def on_step_end(self, trainer: Any, metrics: Mapping[str, float], alerts: Sequence[Alert]) -> None:
         step = int(metrics["step"])

@@ -96,19 +96,21 @@ def check_trackers(names: Iterable[str]) -> None:
             raise ConfigError(f"logging.report_to: {name!r} is not installed; pip install {name}")
 
 
-def check_processes(accelerator: Accelerator, expected: int | None) -> None:
+def check_processes(accelerator: Accelerator, config: StableOPDConfig) -> None:
     """Refuses a launch in which the processes would not train together.
 
     Raises: ConfigError when the world size is not the one asked for, or the launch uses a backend that is not
     supported.
     """
     found = accelerator.num_processes
-    asked = expected or int(os.environ.get("WORLD_SIZE", "1"))
+    asked = config.num_processes or int(os.environ.get("WORLD_SIZE", "1"))
     if found != asked:
         raise ConfigError(
             f"{asked} processes were asked for and {found} train together. On CPUs launch with "
             "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m stableopd train ..."
         )
+    if config.rollout.num_prompts < found:
+        raise ConfigError(f"rollout.num_prompts is {config.rollout.num_prompts}; {found} processes need one each")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(
             f"{accelerator.distributed_type.value} is not supported; launch with torchrun (data parallel)"

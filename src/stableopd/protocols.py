@@ -57,6 +57,9 @@ class Callback:
 
     def on_train_begin(self, trainer: Any) -> None: ...
 
+    def on_phase(self, trainer: Any, step: int, phase: str) -> None:
+        """A phase of a step begins: rollout, teacher, health, update or evaluation."""
+
     def on_step_end(self, trainer: Any, metrics: Mapping[str, float], alerts: Sequence[Alert]) -> None: ...
 
     def on_evaluate(self, trainer: Any, metrics: Mapping[str, float]) -> None: ...

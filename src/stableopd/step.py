@@ -87,11 +87,18 @@ class TrainingRows:
         return replace(self, rollout_weight=nothing, gold_weight=nothing)
 
     def micro_batches(self, token_budget: int) -> Iterator[TrainingRows]:
-        """All rows, in batches of like length with at most `token_budget` tokens, padding included."""
+        """All rows, in batches of like length with at most `token_budget` tokens, padding included.
+
+        Rollouts and gold come in batches of their own, so that neither pays for the other's terms.
+        """
         prompts = self.prompt_mask.sum(dim=1).tolist()
         completions = self.completion_mask.sum(dim=1).tolist()
-        for rows in budget_batches(prompts, completions, token_budget):
-            yield self.select(rows)
+        is_gold = self.gold_weight.any(dim=1).tolist()
+        for kind in (False, True):
+            of_kind = [row for row, gold in enumerate(is_gold) if gold == kind]
+            lengths = [prompts[row] for row in of_kind], [completions[row] for row in of_kind]
+            for batch in budget_batches(*lengths, token_budget):
+                yield self.select([of_kind[row] for row in batch])
 
 
 def rollout_rows(rollouts: RolloutBatch, scores: TokenScores | None, group: Sequence[int]) -> TrainingRows:
@@ -204,12 +211,15 @@ def loss_terms(
     logits = completion_logits(student, rows, vocab_size)
     parts: dict[str, LossPart] = {}
     figures: dict[str, Tensor] = {}
-    if objective.needs_gold and totals["gold"] > 0:
+    has_rollouts = objective.needs_rollouts and bool(rows.rollout_weight.any())
+    has_gold = objective.needs_gold and bool(rows.gold_weight.any())
+    # Rows that count nothing go through every term: all processes must log the same figures.
+    if objective.needs_gold and totals["gold"] > 0 and (has_gold or not has_rollouts):
         nll = -token_logprobs(logits, rows.completion_ids)
         parts["gold"] = LossPart(
             token_loss=nll, weight=rows.gold_weight, denominator=totals["gold"], coef=objective.gold.coef
         )
-    if objective.needs_rollouts and totals["rollout"] > 0:
+    if objective.needs_rollouts and totals["rollout"] > 0 and (has_rollouts or not has_gold):
         logprobs = token_logprobs(logits, rows.completion_ids, temperature)
         figures = _rollout_figures(logits, logprobs, rows, objective, temperature)
         if objective.distill.coef > 0:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class StableOPDTrainer:
         self.callbacks = list(callbacks)
         check_trackers(config.logging.report_to)
         self.accelerator = Accelerator(log_with=list(config.logging.report_to) or None, project_dir=str(config.run_dir))
-        check_processes(self.accelerator, config.num_processes)
+        check_processes(self.accelerator, config)
         self._autocast = _autocast(self.accelerator, config.optimizer.bf16)
         self.judge = get_judge(config.evaluation.judge)
 
@@ -160,6 +160,7 @@ class StableOPDTrainer:
         try:
             self._each_callback("on_train_begin")
             if self.state.step == 0 and self.config.evaluation.at_start and self.data.held_out:
+                self._each_callback("on_phase", 0, "evaluation")
                 metrics = self.evaluate()
                 self._log(0, metrics, self.monitor.observe_eval(0, metrics))
             for step in range(self.state.step + 1, self.config.max_steps + 1):
@@ -178,19 +179,20 @@ class StableOPDTrainer:
         alerts: tuple[Alert, ...] = ()
         rollouts = scores = None
         if self.config.objective.needs_rollouts:
-            with clock.phase("rollout"):
+            with self._phase(clock, step, "rollout"):
                 rollouts = self.engine.generate(examples, self._sampling(), step=step)
-            with clock.phase("teacher"):
+            with self._phase(clock, step, "teacher"):
                 scores = self._score(rollouts)
-            with clock.phase("health"):
+            with self._phase(clock, step, "health"):
                 health = self._observe(step, positions, examples, rollouts, scores)
                 metrics.update(health.metrics)
                 alerts += health.alerts
-        with clock.phase("update"):
+        with self._phase(clock, step, "update"):
             metrics.update(self._update(step, positions, examples, rollouts, scores))
             self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
         metrics.update(clock.metrics())
         if self.data.held_out and self._due(step, self.config.evaluation.every_steps):
+            self._each_callback("on_phase", step, "evaluation")
             evaluation = self.evaluate()
             metrics.update(evaluation)
             alerts += self.monitor.observe_eval(step, evaluation)
@@ -234,6 +236,12 @@ class StableOPDTrainer:
             save_model(self.student, self.tokenizer, Path(output_dir))
 
     # ------------------------------------------------------------------ parts of a step
+
+    @contextmanager
+    def _phase(self, clock: Stopwatch, step: int, name: str) -> Iterator[None]:
+        self._each_callback("on_phase", step, name)
+        with clock.phase(name):
+            yield
 
     def _my_prompts(self, step: int) -> tuple[list[int], list[Example]]:
         """This process's share of the step's prompts, with their positions among all of them."""

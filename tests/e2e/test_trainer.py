@@ -265,6 +265,9 @@ def test_callbacks_hear_of_every_event_in_order(tmp_path, chat_tokenizer):
         def on_train_begin(self, trainer):
             heard.append("begin")
 
+        def on_phase(self, trainer, step, phase):
+            heard.append(f"{phase} {step}")
+
         def on_step_end(self, trainer, metrics, alerts):
             heard.append(f"step {metrics['step']}")
 
@@ -286,7 +289,10 @@ def test_callbacks_hear_of_every_event_in_order(tmp_path, chat_tokenizer):
         processing_class=chat_tokenizer,
         callbacks=[Listener()],
     ).train()
-    assert heard == ["begin", "evaluate", "step 0", "evaluate", "step 1", "save", "end"]
+    assert heard == [
+        "begin", "evaluation 0", "evaluate", "step 0",
+        "rollout 1", "teacher 1", "health 1", "update 1", "evaluation 1", "evaluate", "step 1", "save", "end",
+    ]  # fmt: skip
 
 
 def test_tensorboard_gets_the_metrics(tmp_path, chat_tokenizer):

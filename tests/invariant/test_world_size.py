@@ -14,6 +14,7 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from stableopd.config import StableOPDConfig
 from stableopd.errors import ConfigError
 from stableopd.preparation import check_processes
 
@@ -55,11 +56,11 @@ def test_two_processes_give_the_run_of_one(run_settings, tmp_path, num_minibatch
 
 def test_another_number_of_processes_than_asked_for_is_refused():
     with pytest.raises(ConfigError, match="2 processes were asked for and 1"):
-        check_processes(Accelerator(cpu=True), 2)
+        check_processes(Accelerator(cpu=True), StableOPDConfig(num_processes=2))
 
 
 def test_a_launch_whose_processes_do_not_see_each_other_is_refused(monkeypatch):
     accelerator = Accelerator(cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="torchrun"):
-        check_processes(accelerator, None)
+        check_processes(accelerator, StableOPDConfig())

@@ -14,7 +14,8 @@ from transformers.cache_utils import DynamicCache
 
 from stableopd.errors import ModelError
 from stableopd.protocols import RolloutEngine
-from stableopd.rollout.hf import HFEngine, draw_tokens
+from stableopd.rollout.draws import draw_tokens
+from stableopd.rollout.hf import HFEngine
 from stableopd.types import Example, RolloutBatch, Sampling
 
 VOCAB = 24

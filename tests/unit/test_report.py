@@ -105,7 +105,7 @@ def test_the_cause_is_told_in_the_figures_of_the_run(runs: list[RunRecord]) -> N
 def test_the_cause_is_not_claimed_where_the_advantages_say_otherwise(runs: list[RunRecord]) -> None:
     swapped = [swap_advantages(row) for row in runs[0].metrics]
     why = answers([replace(runs[0], metrics=tuple(swapped))])[0]
-    assert "feeds itself" not in why.text
+    assert "repeating pays" not in why.text
     assert why.text == " ".join(runs[0].verdict.reasons)
 
 

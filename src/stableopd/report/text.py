@@ -147,7 +147,7 @@ def why(runs: Sequence[RunRecord]) -> str | None:
 
 
 def _mechanism(run: RunRecord) -> str | None:
-    """The loop that feeds itself, told in this run's figures; None when they were not logged or say otherwise."""
+    """Why repetition pays, told in this run's figures; None when they were not logged or say otherwise."""
     for name, rest, what in (("repeated", "fresh", "repeated tokens"), ("loop", "other", "tokens in loops")):
         share = run.values(f"health/{name}_token_fraction")
         inside = dict(run.values(f"health/advantage_{name}"))
@@ -161,8 +161,8 @@ def _mechanism(run: RunRecord) -> str | None:
         better = f"mean advantage {_signed(inside[step])} against {_signed(outside[step])} at step {step}"
         return (
             f"In the rollouts of {run.name}, {what} went from {share[0][1]:.1%} to {peak:.0%} of all tokens. "
-            f"The teacher rated them better than the rest ({better}), so each update made repetition likelier: "
-            "a loop that feeds itself."
+            f"They are easy to predict, so the teacher faults them less than the rest ({better}): "
+            "repeating pays, and the more rollouts repeat, the larger its share of the update."
         )
     return None
 
@@ -196,7 +196,7 @@ def _without_collapse(runs: Sequence[RunRecord]) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "−")
 
 
 # ------------------------------------------------------------------------------------ cards

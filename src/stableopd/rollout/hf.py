@@ -14,22 +14,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from stableopd.errors import ModelError
+from stableopd.rollout.cache import growing_cache, select_rows
+from stableopd.rollout.draws import Uniforms, draw_tokens
 from stableopd.scoring import Autocast, evaluating
 from stableopd.tokens import pad_left, position_ids
 from stableopd.types import Example, FinishReason, RolloutBatch, Sampling
-
-_DRAWS_AT_A_TIME = 64
-"""Tokens per refill of a row's random numbers."""
-
-_CACHE_ROOM = 64
-"""Tokens by which the key-value cache grows at a time."""
 
 
 class HFEngine:
@@ -137,13 +132,13 @@ class HFEngine:
         prompts = {row.prompt: row.prompt_ids for row in rows}
         ids, mask = pad_left(list(prompts.values()), self.pad_token_id, device)
         padded = any(len(prompt) < ids.shape[1] for prompt in prompts.values())
-        cache = _growing_cache(self.model)
+        cache = growing_cache(self.model)
         logits = self._logits(ids, mask if padded else None, positions=position_ids(mask), cache=cache)
 
         place = {prompt: at for at, prompt in enumerate(prompts)}
         source = torch.tensor([place[row.prompt] for row in rows], device=device)
         if len(prompts) < len(rows):
-            _select_rows(cache, source)
+            select_rows(cache, source)
         batch = _Batch(
             cache=cache,
             width=ids.shape[1],
@@ -151,7 +146,7 @@ class HFEngine:
             mask=F.pad(mask, (0, sampling.max_new_tokens), value=True)[source] if padded else None,
             slots=torch.arange(len(rows), device=device),
             alive=torch.ones(len(rows), dtype=torch.bool, device=device),
-            uniforms=_Uniforms([row.key for row in rows], device) if sampling.temperature else None,
+            uniforms=Uniforms([row.key for row in rows], device) if sampling.temperature else None,
         )
         return batch, logits[source]
 
@@ -187,49 +182,6 @@ class HFEngine:
         return table
 
 
-def draw_tokens(logits: Tensor, sampling: Sampling, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One token id [b] per row, and its log-probability [b] in nats under softmax(logits / temperature).
-
-    Args:
-        logits: [b, V], any floating dtype.
-        sampling: `temperature` 0 takes the likeliest id. Else `top_k`, then `top_p` of what is left, cut
-            the distribution: the fewest likeliest ids whose mass reaches top_p, one at least; of equally
-            likely ids the lower ones stay.
-        uniforms: [b] in [0, 1), one per row; the draw is the inverse of the distribution function there.
-
-    Numerics: softmax in float32, distribution function in float64. An id of probability zero is never drawn.
-    """
-    scaled = logits.float() / sampling.logprob_temperature
-    logprobs = scaled.log_softmax(dim=-1)
-    if uniforms is None:
-        ids = scaled.argmax(dim=-1)
-    elif sampling.top_k > 0 or sampling.top_p < 1:
-        order = scaled.argsort(dim=-1, descending=True, stable=True)
-        probs = truncate(logprobs.gather(1, order).exp(), sampling)
-        ids = order.gather(1, _inverse_cdf(probs, uniforms)[:, None]).squeeze(1)
-    else:
-        ids = _inverse_cdf(logprobs.exp(), uniforms)
-    return ids, logprobs.gather(1, ids[:, None]).squeeze(1)
-
-
-def truncate(probs: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities [b, V], given in falling order, with those outside top-k and then top-p set to 0 (unnormalised)."""
-    if sampling.top_k > 0:
-        probs = probs[:, : sampling.top_k]
-    if sampling.top_p < 1:
-        before = probs.cumsum(dim=-1) - probs
-        probs = probs.where(before < sampling.top_p * probs.sum(dim=-1, keepdim=True), 0.0)
-    return probs
-
-
-def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """The first id [b] at which the distribution function of `probs` [b, V] exceeds `uniforms` [b] of its total."""
-    cdf = probs.cumsum(dim=-1, dtype=uniforms.dtype)
-    ids = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).clamp(max=probs.shape[-1] - 1)
-    possible = probs.gather(1, ids) > 0  # rounding may lead past the last possible id, or onto a step of height 0
-    return ids.where(possible, probs.argmax(dim=-1, keepdim=True)).squeeze(1)
-
-
 class _Row(NamedTuple):
     """One completion to draw."""
 
@@ -238,30 +190,6 @@ class _Row(NamedTuple):
     prompt_ids: tuple[int, ...]
     key: tuple[int, int, int, int]
     """(seed, step, example.index, generation): names the row's stream of random numbers."""
-
-
-class _Uniforms:
-    """Random numbers in [0, 1), one per row and token; each row has a stream of its own."""
-
-    def __init__(self, keys: Sequence[tuple[int, int, int, int]], device: torch.device) -> None:
-        seeds = (np.random.SeedSequence(seed, spawn_key=rest) for seed, *rest in keys)
-        self._streams = [np.random.Generator(np.random.Philox(seed)) for seed in seeds]
-        self._device = device
-        self._dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._drawn = torch.empty(len(keys), 0, dtype=self._dtype, device=device)
-        self._used = 0
-
-    def next(self) -> Tensor:
-        """[b]: the next number of each row."""
-        if self._used == self._drawn.shape[1]:
-            drawn = np.stack([stream.random(_DRAWS_AT_A_TIME) for stream in self._streams])
-            self._drawn, self._used = torch.from_numpy(drawn).to(self._device, self._dtype), 0
-        self._used += 1
-        return self._drawn[:, self._used - 1]
-
-    def keep(self, kept: Tensor) -> None:
-        self._drawn = self._drawn[kept]
-        self._streams = [self._streams[row] for row in kept.tolist()]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -279,7 +207,7 @@ class _Batch:
     """[b] int64: where the row's completion is recorded."""
     alive: Tensor
     """[b] bool: has not drawn an end token."""
-    uniforms: _Uniforms | None
+    uniforms: Uniforms | None
 
     def next_uniforms(self) -> Tensor | None:
         return self.uniforms.next() if self.uniforms else None
@@ -292,7 +220,7 @@ class _Batch:
 
     def keep(self, kept: Tensor) -> None:
         """Drops all rows but `kept` [b'], from the cache too."""
-        _select_rows(self.cache, kept)
+        select_rows(self.cache, kept)
         self.position = self.position[kept]
         self.mask = None if self.mask is None else self.mask[kept]
         self.slots = self.slots[kept]
@@ -398,56 +326,3 @@ def _named_arguments(model: nn.Module) -> frozenset[str]:
     if hasattr(base, "get_base_model"):
         base = base.get_base_model()
     return frozenset(inspect.signature(base.forward).parameters)
-
-
-def _growing_cache(model: nn.Module) -> DynamicCache:
-    """An empty cache for the model, whose full-attention layers are written in place."""
-    cache = DynamicCache(config=getattr(model, "config", None))
-    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = _RoomyLayer
-    return cache
-
-
-class _RoomyLayer(DynamicLayer):
-    """Keys and values [b, heads, width, dim] as views of larger buffers, so that a token is written, not appended.
-
-    The layer that it replaces copies all earlier tokens for each new one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._buffers: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        if self._buffers is None or end > self._buffers[0].shape[-2]:
-            room = end + _CACHE_ROOM
-            self._buffers = _enlarged(self.keys, key_states, room), _enlarged(self.values, value_states, room)
-        keys, values = self._buffers
-        keys[:, :, start:end] = key_states
-        values[:, :, start:end] = value_states
-        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
-        return self.keys, self.values
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._buffers = None
-
-
-def _enlarged(old: Tensor | None, new: Tensor, room: int) -> Tensor:
-    """A buffer [b, heads, room, dim] for states like `new`, which starts with the columns of `old`."""
-    batch, heads, _, dim = new.shape
-    buffer = new.new_empty(batch, heads, room, dim)
-    if old is not None and old.numel() > 0:
-        buffer[:, :, : old.shape[-2]] = old
-    return buffer
-
-
-def _select_rows(cache: DynamicCache, rows: Tensor) -> None:
-    """Makes the cache hold the sequences `rows`, which may repeat. Unlike its namesakes, `reorder_cache` is there for
-    every kind of layer, sliding-window and recurrent ones included."""
-    cache.reorder_cache(rows)  # type: ignore[arg-type]

@@ -254,17 +254,14 @@ def _progress(console: Console) -> Iterator[Progress]:
 
 def _show_checks(checks: Mapping[str, Mapping[str, float]], console: Console) -> None:
     table = Table(title="Held-out prompts, before distillation", title_justify="left")
-    for column in ("", "accuracy (T = 1)", "truncated", "greedy accuracy", "greedy truncated", "mean length"):
+    for column in ("", "right (T = 1)", "cut off", "right (greedy)", "cut off", "length"):
         table.add_column(column, justify="left" if not column else "right")
     for name, check in checks.items():
         rates = ("sampled/accuracy", "sampled/truncation_rate", "greedy/accuracy", "greedy/truncation_rate")
         table.add_row(name, *(f"{check[key]:.1%}" for key in rates), f"{check['sampled/mean_length']:.1f}")
     console.print(table)
     if checks["teacher"]["greedy/truncation_rate"] > 0.05:
-        console.print(
-            "[dim]The teacher itself loops on some prompts when decoded greedily; sampled, as it scores, it rarely "
-            "does.[/]"
-        )
+        console.print("[dim]This teacher itself loops on some prompts when decoded greedily.[/]")
 
 
 # ---------------------------------------------------------------------- the runs
@@ -311,7 +308,7 @@ def _follow(processes: Mapping[str, subprocess.Popen[bytes]], out: Path, console
             for row in tail.evaluations:
                 if row["step"] > shown.get(name, -1):
                     shown[name] = row["step"]
-                    console.print(_plain_line(name, row), highlight=False)
+                    console.print(_plain_line(name, row), highlight=False, soft_wrap=True)
 
 
 def _while_running(processes: Mapping[str, subprocess.Popen[bytes]], tails: Mapping[str, _Tail]) -> Iterator[None]:
@@ -382,8 +379,8 @@ def _plain_line(name: str, row: Mapping[str, Any]) -> str:
 
 
 def _compare(runs: Sequence[RunRecord], settings: DemoSettings, console: Console) -> None:
-    table = Table(title="After training, on held-out prompts", title_justify="left")
-    for column in ("run", "accuracy: best", "end", "greedy accuracy: best", "end", "greedy truncated", "verdict"):
+    table = Table(title="Held-out accuracy, after distillation", title_justify="left")
+    for column in ("run", "best", "end", "greedy best", "end", "cut off", "verdict"):
         table.add_column(column, justify="left" if column in ("run", "verdict") else "right")
     for run in runs:
         accuracy = [value for _, value in run.series("eval/validation/accuracy")]

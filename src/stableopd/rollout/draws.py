@@ -1,0 +1,81 @@
+"""Drawing tokens: one number per row and token, so that a row's luck is its own and not its batch's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stableopd.types import Sampling
+
+_DRAWS_AT_A_TIME = 64
+"""Tokens per refill of a row's random numbers."""
+
+
+def draw_tokens(logits: Tensor, sampling: Sampling, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One token id [b] per row, and its log-probability [b] in nats under softmax(logits / temperature).
+
+    Args:
+        logits: [b, V], any floating dtype.
+        sampling: `temperature` 0 takes the likeliest id. Else `top_k`, then `top_p` of what is left, cut
+            the distribution: the fewest likeliest ids whose mass reaches top_p, one at least; of equally
+            likely ids the lower ones stay.
+        uniforms: [b] in [0, 1), one per row; the draw is the inverse of the distribution function there.
+
+    Numerics: softmax in float32, distribution function in float64. An id of probability zero is never drawn.
+    """
+    scaled = logits.float() / sampling.logprob_temperature
+    logprobs = scaled.log_softmax(dim=-1)
+    if uniforms is None:
+        ids = scaled.argmax(dim=-1)
+    elif sampling.top_k > 0 or sampling.top_p < 1:
+        order = scaled.argsort(dim=-1, descending=True, stable=True)
+        probs = truncate(logprobs.gather(1, order).exp(), sampling)
+        ids = order.gather(1, _inverse_cdf(probs, uniforms)[:, None]).squeeze(1)
+    else:
+        ids = _inverse_cdf(logprobs.exp(), uniforms)
+    return ids, logprobs.gather(1, ids[:, None]).squeeze(1)
+
+
+def truncate(probs: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities [b, V], given in falling order, with those outside top-k and then top-p set to 0 (unnormalised)."""
+    if sampling.top_k > 0:
+        probs = probs[:, : sampling.top_k]
+    if sampling.top_p < 1:
+        before = probs.cumsum(dim=-1) - probs
+        probs = probs.where(before < sampling.top_p * probs.sum(dim=-1, keepdim=True), 0.0)
+    return probs
+
+
+def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """The first id [b] at which the distribution function of `probs` [b, V] exceeds `uniforms` [b] of its total."""
+    cdf = probs.cumsum(dim=-1, dtype=uniforms.dtype)
+    ids = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).clamp(max=probs.shape[-1] - 1)
+    possible = probs.gather(1, ids) > 0  # rounding may lead past the last possible id, or onto a step of height 0
+    return ids.where(possible, probs.argmax(dim=-1, keepdim=True)).squeeze(1)
+
+
+class Uniforms:
+    """Random numbers in [0, 1), one per row and token; each row has a stream of its own."""
+
+    def __init__(self, keys: Sequence[tuple[int, int, int, int]], device: torch.device) -> None:
+        seeds = (np.random.SeedSequence(seed, spawn_key=rest) for seed, *rest in keys)
+        self._streams = [np.random.Generator(np.random.Philox(seed)) for seed in seeds]
+        self._device = device
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._drawn = torch.empty(len(keys), 0, dtype=self._dtype, device=device)
+        self._used = 0
+
+    def next(self) -> Tensor:
+        """[b]: the next number of each row."""
+        if self._used == self._drawn.shape[1]:
+            drawn = np.stack([stream.random(_DRAWS_AT_A_TIME) for stream in self._streams])
+            self._drawn, self._used = torch.from_numpy(drawn).to(self._device, self._dtype), 0
+        self._used += 1
+        return self._drawn[:, self._used - 1]
+
+    def keep(self, kept: Tensor) -> None:
+        self._drawn = self._drawn[kept]
+        self._streams = [self._streams[row] for row in kept.tolist()]
