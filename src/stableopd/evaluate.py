@@ -57,7 +57,8 @@ def evaluate(
     """`eval/NAME/...` over all completions of all processes; each process brings its own examples.
 
     `accuracy` is the share of right completions among those whose example has an answer (avg@k when there are
-    k completions a prompt) and is left out when no example has one. The draws do not depend on the step, so
+    k completions a prompt) and is left out when no example has one. An answer on which the judge raises counts as
+    wrong, and `judge_failures` says how many there were. The draws do not depend on the step, so
     that two checkpoints answer with the same luck.
     """
     completions = decode(engine.generate(examples, sampling, step=0), examples, tokenizer) if examples else []
@@ -73,13 +74,23 @@ def evaluate(
         metrics["accuracy"] = sum(verdicts) / len(verdicts)
         if sampling.num_generations > 1:
             metrics["avg_at_k"] = metrics["accuracy"]
+    failures = sum(record["judge_failed"] for record in judged)
+    if failures:
+        metrics["judge_failures"] = float(failures)
     return {f"eval/{name}/{key}": value for key, value in metrics.items()}
 
 
 def _judged(completion: Completion, judge: Judge) -> dict[str, Any]:
     answer = completion.example.answer
+    right, failed = None, False
+    if answer is not None:
+        try:
+            right = bool(judge(completion.text, answer))
+        except Exception:  # a judge is a user's code on a model's text: it must not end a run of days
+            right, failed = False, True
     return {
-        "right": None if answer is None else bool(judge(completion.text, answer)),
+        "right": right,
+        "judge_failed": failed,
         "length": completion.num_tokens,
         "finish_reason": completion.finish_reason,
         "text": completion.text,

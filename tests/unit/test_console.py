@@ -1,0 +1,49 @@
+"""What a run says in the terminal."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+
+from rich.console import Console
+
+from stableopd.config import StableOPDConfig
+from stableopd.console import ConsoleReporter, sparkline
+from stableopd.types import Alert, TrainState
+
+
+def reporter(**settings):
+    console = Console(file=io.StringIO(), width=200)
+    trainer = SimpleNamespace(config=StableOPDConfig(**settings), state=TrainState(), engine=SimpleNamespace())
+    return ConsoleReporter(console), trainer, console.file
+
+
+METRICS = {"loss": 0.25, "completions/mean_length": 812.4, "completions/clipped_ratio": 0.07,
+           "health/repetition_rate": 0.02, "step_time": 1.5}  # fmt: skip
+
+
+def test_a_line_has_step_loss_length_truncated_and_repetitive():
+    console, trainer, out = reporter()
+    console.on_train_begin(trainer)
+    console.on_step_end(trainer, {"step": 1, **METRICS}, ())
+    line = out.getvalue().splitlines()[-1]
+    for words in ("step     1", "loss +0.2500", "length 812.4", "truncated 7%", "repetitive 2%"):
+        assert words in line
+
+
+def test_steps_between_log_lines_are_silent_but_evaluations_and_alerts_are_not():
+    console, trainer, out = reporter(logging_steps=10)
+    console.on_step_end(trainer, {"step": 3, **METRICS}, ())
+    assert out.getvalue() == ""
+    console.on_step_end(trainer, {"step": 4, "eval/validation/mean_length": 5.0, "eval/validation/accuracy": 0.5}, ())
+    assert "accuracy 50.0%" in out.getvalue()
+    alert = Alert(
+        rule="loops", severity="critical", signal="health/loop_token_fraction", value=0.4, threshold=0.2, step=5,
+        since=4, message="40% of [all] tokens lie in loops",
+    )  # fmt: skip
+    console.on_step_end(trainer, {"step": 5, **METRICS}, (alert,))
+    assert "critical loops: 40% of [all] tokens" in out.getvalue()
+
+
+def test_a_sparkline_spans_its_range_and_clips_what_is_outside():
+    assert sparkline([0.0, 0.5, 1.0, 2.0, -1.0], low=0.0, high=1.0) == "▁▅██▁"

@@ -1,0 +1,50 @@
+"""Padding and batches under a token budget."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stableopd.tokens import budget_batches, pad_left, pad_right, position_ids
+
+LENGTHS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 30)), max_size=20)
+
+
+def test_prompts_are_padded_on_the_left_and_completions_on_the_right():
+    ids, mask = pad_left([[1, 2], [3]], 9)
+    assert ids.tolist() == [[1, 2], [9, 3]]
+    assert mask.tolist() == [[True, True], [False, True]]
+    values, mask = pad_right([[0.5], [1.0, 2.0]], 0.0, torch.float32)
+    assert values.tolist() == [[0.5, 0.0], [1.0, 2.0]]
+    assert mask.tolist() == [[True, False], [True, True]]
+
+
+def test_a_padding_id_inside_a_row_is_not_padding():
+    assert pad_right([[9, 9], [1]], 9)[1].tolist() == [[True, True], [True, False]]
+
+
+def test_no_rows_give_empty_arrays():
+    assert pad_left([], 0)[0].shape == (0, 0)
+
+
+def test_positions_count_real_tokens_only():
+    mask = torch.tensor([[False, False, True, True, True]])
+    assert position_ids(mask).tolist() == [[0, 0, 0, 1, 2]]
+
+
+@given(LENGTHS, st.integers(1, 100))
+def test_every_row_is_in_one_batch_and_no_batch_of_several_rows_is_over_budget(lengths, budget):
+    prompts, completions = [p for p, _ in lengths], [c for _, c in lengths]
+    batches = budget_batches(prompts, completions, budget)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    for batch in batches:
+        size = len(batch) * (max(prompts[r] for r in batch) + max(completions[r] for r in batch))
+        assert size <= budget or len(batch) == 1
+
+
+@given(LENGTHS)
+def test_batches_hold_rows_of_like_length_longest_first(lengths):
+    prompts, completions = [p for p, _ in lengths], [c for _, c in lengths]
+    order = [prompts[r] + completions[r] for batch in budget_batches(prompts, completions, 40) for r in batch]
+    assert order == sorted(order, reverse=True)
