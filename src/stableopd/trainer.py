@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from stableopd.assembly import assemble, with_names
 from stableopd.checkpoint import checkpoints_in, clean_up, load_checkpoint, rotate, save_checkpoint, save_model
 from stableopd.config import StableOPDConfig
 from stableopd.config_files import check_resumable, dump_config, flatten
 from stableopd.evaluate import Completion, decode, evaluate
 from stableopd.health.monitor import HealthMonitor
 from stableopd.health.signals import is_repetitive
-from stableopd.judges import get_judge
 from stableopd.metrics import Stopwatch, TrackerSink, mean_of
-from stableopd.models import (
-    computing_module,
-    context_length,
-    is_adapted,
-    load_model,
-    load_tokenizer,
-    lora_config,
-    reference_of,
-    with_adapters,
-)
-from stableopd.optimizer import adamw, learning_rate_at
-from stableopd.preparation import Rows, check_model, check_processes, check_trackers, prepare_data
-from stableopd.protocols import Callback
+from stableopd.models import computing_module
+from stableopd.optimizer import learning_rate_at
+from stableopd.preparation import Rows
+from stableopd.protocols import Callback, MetricSink
 from stableopd.recorder import RunRecorder
-from stableopd.rollout.hf import HFEngine
-from stableopd.step import TrainingRows, Updater, concat_rows, gold_rows, minibatches, rollout_rows
-from stableopd.teachers.local import LocalTeacher
+from stableopd.step import TrainingRows, concat_rows, gold_rows, minibatches, rollout_rows
 from stableopd.types import Alert, Example, HealthReport, RolloutBatch, Sampling, TokenScores, TrainState
-from stableopd.vocabulary import check_same_vocabulary, end_token_ids, pad_token_id, vocab_size
+from stableopd.vocabulary import pad_token_id
 
 _TRAIN_STREAM, _EVAL_STREAM, _MINIBATCH_STREAM = 1, 2, 3
 
@@ -74,79 +61,18 @@ class StableOPDTrainer:
         callbacks: Sequence[Callback] = (),
         peft_config: Any = None,
     ) -> None:
-        self.config = config = _with_names(args or StableOPDConfig(), model, teacher_model)
+        self.config = with_names(args or StableOPDConfig(), model, teacher_model)
         self.callbacks = list(callbacks)
-        check_trackers(config.logging.report_to)
-        self.accelerator = Accelerator(log_with=list(config.logging.report_to) or None, project_dir=str(config.run_dir))
-        check_processes(self.accelerator, config)
-        self._autocast = _autocast(self.accelerator, config.optimizer.bf16)
-        self.judge = get_judge(config.evaluation.judge)
-
-        self.tokenizer = processing_class or load_tokenizer(config.student, "student")
-        student = model if isinstance(model, nn.Module) else load_model(config.student, "student")
-        self._end_ids = end_token_ids(self.tokenizer, getattr(student, "generation_config", None))
-        self._pad_id = pad_token_id(self.tokenizer)
-        self._vocab_size = vocab_size(self.tokenizer)
-        check_model("student", student, self.tokenizer, config)
-        self.data = prepare_data(config, self.tokenizer, context_length(student), train_dataset, eval_dataset)
-        teacher = self._load_teacher(teacher_model)
-        if teacher is not None:
-            check_model("teacher", teacher, self.tokenizer, config)
-        if peft_config is None and config.student.lora is not None:
-            peft_config = lora_config(config.student.lora)
-        if peft_config is not None:
-            student = with_adapters(student, peft_config)
-        self._build(student, teacher)
-
-    def _load_teacher(self, teacher_model: str | nn.Module | None) -> nn.Module | None:
-        if not self.config.objective.needs_teacher:
-            return None
-        if isinstance(teacher_model, nn.Module):
-            return teacher_model
-        check_same_vocabulary(self.tokenizer, load_tokenizer(self.config.teacher, "teacher"))
-        return load_model(self.config.teacher, "teacher")
-
-    def _build(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        config, device = self.config, self.accelerator.device
-        if config.optimizer.gradient_checkpointing:
-            student.gradient_checkpointing_enable()  # type: ignore[operator]
-            if is_adapted(student):
-                student.enable_input_require_grads()  # type: ignore[operator]
-        self.student = student.to(device)
-        module = computing_module(self.student)
-        reference = reference_of(self.student) if config.objective.needs_reference else None
-        self.engine = HFEngine(
-            model=module,
-            end_token_ids=self._end_ids,
-            pad_token_id=self._pad_id,
-            vocab_size=self._vocab_size,
-            max_batch_size=config.rollout.max_batch_size,
-            autocast=self._autocast,
-        )
-        self.teacher = None
-        if teacher is not None:
-            self.teacher = LocalTeacher(
-                teacher.to(device),
-                model_id=str(config.teacher.model_name_or_path),
-                vocab_size=self._vocab_size,
-                token_budget=config.optimizer.micro_batch_tokens,
-                autocast=self._autocast,
-            )
-        self.optimizer = adamw(self.student, config.optimizer)
-        wrapped = self.accelerator.prepare_model(module) if self.accelerator.num_processes > 1 else module
-        self.updater = Updater(
-            wrapped,
-            self.optimizer,
-            config.objective,
-            self.accelerator,
-            vocab_size=self._vocab_size,
-            temperature=config.rollout.temperature,
-            max_grad_norm=config.optimizer.max_grad_norm,
-            token_budget=config.optimizer.micro_batch_tokens,
-            autocast=self._autocast,
-            reference=reference,
-        )
-        self.monitor = HealthMonitor(config.health.monitor_settings())
+        parts = assemble(self.config, model, teacher_model, train_dataset, eval_dataset, processing_class, peft_config)
+        self.accelerator = parts.accelerator
+        self.tokenizer = parts.tokenizer
+        self.data = parts.data
+        self.student = parts.student
+        self.teacher = parts.teacher
+        self.engine = parts.engine
+        self.updater = parts.updater
+        self.judge = parts.judge
+        self.monitor = HealthMonitor(self.config.health.monitor_settings())
         self.state = TrainState()
 
     # ------------------------------------------------------------------ the loop
@@ -303,13 +229,14 @@ class StableOPDTrainer:
         scores: TokenScores | None,
     ) -> dict[str, float]:
         """All optimizer updates of a step; returns their mean figures."""
+        pad_id = pad_token_id(self.tokenizer)
         parts: list[TrainingRows] = []
         if rollouts is not None:
             parts.append(rollout_rows(rollouts, scores, positions))
         if self.config.objective.needs_gold:
             gold = self.data.gold(step, self.data.stream.batch(step))
-            parts.append(gold_rows([gold[p] for p in positions], positions, self._pad_id, self.accelerator.device))
-        rows = concat_rows(parts, self._pad_id)
+            parts.append(gold_rows([gold[p] for p in positions], positions, pad_id, self.accelerator.device))
+        rows = concat_rows(parts, pad_id)
         rate = learning_rate_at(step, self.config.optimizer, self.config.max_steps)
         figures = []
         key = [self.config.seed, _MINIBATCH_STREAM, step]
@@ -344,7 +271,7 @@ class StableOPDTrainer:
         path = self.config.run_dir
         self.recorder = RunRecorder(path, resume=resume) if self.accelerator.is_main_process else None
         self.accelerator.wait_for_everyone()
-        self._sinks = []
+        self._sinks: list[MetricSink] = []
         after_step = self._resume(path) if resume else None
         if self.recorder:
             self.recorder.start(dump_config(self.config), after_step)
@@ -357,7 +284,7 @@ class StableOPDTrainer:
         found = checkpoints_in(path / "checkpoints")
         if not found:
             return None
-        self.state = load_checkpoint(found[-1], student=self.student, optimizer=self.optimizer)
+        self.state = load_checkpoint(found[-1], student=self.student, optimizer=self.updater.optimizer)
         self.monitor.load_state_dict(self.state.monitor)
         self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
         return self.state.step
@@ -409,7 +336,11 @@ class StableOPDTrainer:
         if self.accelerator.is_main_process:
             folder = self.config.run_dir / "checkpoints"
             path = save_checkpoint(
-                folder, student=self.student, tokenizer=self.tokenizer, optimizer=self.optimizer, state=self.state
+                folder,
+                student=self.student,
+                tokenizer=self.tokenizer,
+                optimizer=self.updater.optimizer,
+                state=self.state,
             )
             rotate(
                 folder,
@@ -431,24 +362,6 @@ def _advantages(rollouts: RolloutBatch, scores: TokenScores) -> list[np.ndarray]
     """log T − log S of each completion token, without padding."""
     gap = (scores.sampled_logprobs - rollouts.sampling_logprobs).float().cpu().numpy()
     return [row[:length] for row, length in zip(gap, rollouts.lengths(), strict=True)]
-
-
-def _autocast(accelerator: Accelerator, bf16: bool) -> Callable[[], AbstractContextManager[Any]]:
-    if not bf16:
-        return nullcontext
-    return partial(torch.autocast, accelerator.device.type, dtype=torch.bfloat16)
-
-
-def _with_names(
-    config: StableOPDConfig, model: str | nn.Module | None, teacher: str | nn.Module | None
-) -> StableOPDConfig:
-    """The configuration with the names of models that were given by name in Python."""
-    update: dict[str, Any] = {}
-    if isinstance(model, str):
-        update["student"] = config.student.model_copy(update={"model_name_or_path": model})
-    if isinstance(teacher, str):
-        update["teacher"] = config.teacher.model_copy(update={"model_name_or_path": teacher})
-    return config.model_copy(update=update)
 
 
 def _seed(*key: int) -> int:

@@ -31,6 +31,7 @@ LAYERS = (
     },
     {"metrics", "recorder", "checkpoint", "step", "evaluate", "preparation", "console"}
     | {"plots", "report", "report.charts", "report.samples", "report.settings", "report.text"},
+    {"assembly"},
     {"trainer"},
     {"toy", "toy.task", "toy.tokenizer", "toy.models", "toy.build", "toy.demo"},
     {"cli", "__main__", "__init__"},

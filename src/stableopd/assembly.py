@@ -1,0 +1,174 @@
+"""Puts a run together from its configuration: models, data, engine, teacher, update. Refuses what cannot work."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from stableopd.config import StableOPDConfig
+from stableopd.judges import get_judge
+from stableopd.models import (
+    computing_module,
+    context_length,
+    is_adapted,
+    load_model,
+    load_tokenizer,
+    lora_config,
+    reference_of,
+    with_adapters,
+)
+from stableopd.optimizer import adamw
+from stableopd.preparation import Rows, RunData, check_model, check_processes, check_trackers, prepare_data
+from stableopd.protocols import Judge, Teacher
+from stableopd.rollout.hf import HFEngine
+from stableopd.scoring import Autocast
+from stableopd.step import Updater
+from stableopd.teachers.local import LocalTeacher
+from stableopd.vocabulary import check_same_vocabulary, end_token_ids, pad_token_id, vocab_size
+
+Model = str | nn.Module | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunParts:
+    """What a run works with."""
+
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    data: RunData
+    student: nn.Module
+    teacher: Teacher | None
+    engine: HFEngine
+    updater: Updater
+    judge: Judge
+
+
+def assemble(
+    config: StableOPDConfig,
+    model: Model,
+    teacher_model: Model,
+    train_dataset: Rows | None,
+    eval_dataset: Rows | None,
+    processing_class: PreTrainedTokenizerBase | None,
+    peft_config: Any,
+) -> RunParts:
+    """Load, check and connect everything; the cheapest checks come first.
+
+    Raises: ConfigError, DataError or ModelError when the run cannot work.
+    """
+    check_trackers(config.logging.report_to)
+    accelerator = Accelerator(log_with=list(config.logging.report_to) or None, project_dir=str(config.run_dir))
+    check_processes(accelerator, config)
+    judge = get_judge(config.evaluation.judge)
+    tokenizer = processing_class or load_tokenizer(config.student, "student")
+    student = model if isinstance(model, nn.Module) else load_model(config.student, "student")
+    end_ids = end_token_ids(tokenizer, getattr(student, "generation_config", None))
+    check_model("student", student, tokenizer, config)
+    data = prepare_data(config, tokenizer, context_length(student), train_dataset, eval_dataset)
+    teacher = _load_teacher(config, teacher_model, tokenizer)
+
+    autocast = _autocast(accelerator, config.optimizer.bf16)
+    student = _trainable(student, config, peft_config).to(accelerator.device)
+    engine = HFEngine(
+        model=computing_module(student),
+        end_token_ids=end_ids,
+        pad_token_id=pad_token_id(tokenizer),
+        vocab_size=vocab_size(tokenizer),
+        max_batch_size=config.rollout.max_batch_size,
+        autocast=autocast,
+    )
+    return RunParts(
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        data=data,
+        student=student,
+        teacher=_local_teacher(teacher, config, tokenizer, accelerator, autocast),
+        engine=engine,
+        updater=_updater(student, config, tokenizer, accelerator, autocast),
+        judge=judge,
+    )
+
+
+def with_names(config: StableOPDConfig, model: Model, teacher: Model) -> StableOPDConfig:
+    """The configuration with the names of models that were given by name in Python."""
+    update: dict[str, Any] = {}
+    if isinstance(model, str):
+        update["student"] = config.student.model_copy(update={"model_name_or_path": model})
+    if isinstance(teacher, str):
+        update["teacher"] = config.teacher.model_copy(update={"model_name_or_path": teacher})
+    return config.model_copy(update=update)
+
+
+def _load_teacher(config: StableOPDConfig, model: Model, tokenizer: PreTrainedTokenizerBase) -> nn.Module | None:
+    if not config.objective.needs_teacher:
+        return None
+    if isinstance(model, nn.Module):
+        teacher = model
+    else:
+        check_same_vocabulary(tokenizer, load_tokenizer(config.teacher, "teacher"))
+        teacher = load_model(config.teacher, "teacher")
+    check_model("teacher", teacher, tokenizer, config)
+    return teacher
+
+
+def _trainable(student: nn.Module, config: StableOPDConfig, peft_config: Any) -> nn.Module:
+    if peft_config is None and config.student.lora is not None:
+        peft_config = lora_config(config.student.lora)
+    if peft_config is not None:
+        student = with_adapters(student, peft_config)
+    if config.optimizer.gradient_checkpointing:
+        student.gradient_checkpointing_enable()  # type: ignore[operator]
+        if is_adapted(student):
+            student.enable_input_require_grads()  # type: ignore[operator]
+    return student
+
+
+def _local_teacher(
+    teacher: nn.Module | None,
+    config: StableOPDConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    autocast: Autocast,
+) -> LocalTeacher | None:
+    if teacher is None:
+        return None
+    return LocalTeacher(
+        teacher.to(accelerator.device),
+        model_id=str(config.teacher.model_name_or_path),
+        vocab_size=vocab_size(tokenizer),
+        token_budget=config.optimizer.micro_batch_tokens,
+        autocast=autocast,
+    )
+
+
+def _updater(
+    student: nn.Module,
+    config: StableOPDConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    autocast: Autocast,
+) -> Updater:
+    module = computing_module(student)
+    return Updater(
+        accelerator.prepare_model(module) if accelerator.num_processes > 1 else module,
+        adamw(student, config.optimizer),
+        config.objective,
+        accelerator,
+        vocab_size=vocab_size(tokenizer),
+        temperature=config.rollout.temperature,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        token_budget=config.optimizer.micro_batch_tokens,
+        autocast=autocast,
+        reference=reference_of(student) if config.objective.needs_reference else None,
+    )
+
+
+def _autocast(accelerator: Accelerator, bf16: bool) -> Autocast:
+    return partial(torch.autocast, accelerator.device.type, dtype=torch.bfloat16) if bf16 else nullcontext
