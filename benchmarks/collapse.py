@@ -63,8 +63,8 @@ def _line(teacher: int, student: int, check: dict[str, float], runs: dict[str, R
     opd, stable = runs["opd"], runs["stableopd"]
     cells = (
         teacher, student, f"{check['greedy/accuracy']:.2f} / {check['greedy/truncation_rate']:.2f}",
-        f"{max(_accuracy(opd)):.3f}", f"{_accuracy(opd)[-1]:.3f}", _greedy(opd), opd.verdict.status,
-        f"{_accuracy(stable)[-1]:.3f}", _greedy(stable), stable.verdict.status,
+        f"{max(_accuracy(opd)):.3f}", f"{_accuracy(opd)[-1]:.3f}", _greedy(opd), _verdict(opd),
+        f"{_accuracy(stable)[-1]:.3f}", _greedy(stable), _verdict(stable),
     )  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -76,6 +76,11 @@ def _accuracy(run: RunRecord) -> list[float]:
 def _greedy(run: RunRecord) -> str:
     rates = (run.series(f"eval/validation_greedy/{name}")[-1][1] for name in ("accuracy", "truncation_rate"))
     return " / ".join(f"{rate:.2f}" for rate in rates)
+
+
+def _verdict(run: RunRecord) -> str:
+    status, step = run.verdict.status, run.verdict.step
+    return status if step is None else f"{status}, step {step}"
 
 
 def _summary(pairs: list[dict[str, RunRecord]]) -> dict[str, float]:
