@@ -122,6 +122,7 @@ def _line(step: int, metrics: Mapping[str, float], name: str) -> str:
     for label, key, form in (
         ("loss", "loss", "{:+.4f}"),
         ("length", "completions/mean_length", "{:.1f}"),
+        ("longest", "completions/max_length", "{:.0f}"),
         ("truncated", "completions/clipped_ratio", "{:.0%}"),
         ("repetitive", "health/repetition_rate", "{:.0%}"),
         ("in loops", "health/loop_token_fraction", "{:.0%}"),
