@@ -13,19 +13,22 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from stableopd.config import StableOPDConfig
+from stableopd.errors import ModelError
 from stableopd.judges import get_judge
 from stableopd.models import (
     computing_module,
     context_length,
+    digest_of_weights,
     is_adapted,
     load_model,
+    load_model_config,
     load_tokenizer,
     lora_config,
     reference_of,
     with_adapters,
 )
 from stableopd.optimizer import adamw
-from stableopd.preparation import Rows, RunData, check_model, check_processes, check_trackers, prepare_data
+from stableopd.preparation import Dataset, RunData, check_model, check_processes, check_trackers, prepare_data
 from stableopd.protocols import Judge, Teacher
 from stableopd.rollout.hf import HFEngine
 from stableopd.scoring import Autocast
@@ -48,14 +51,16 @@ class RunParts:
     engine: HFEngine
     updater: Updater
     judge: Judge
+    digests: dict[str, str]
+    """Of the initial student and of the data, so that a resumed run can tell that it is the same."""
 
 
 def assemble(
     config: StableOPDConfig,
     model: Model,
     teacher_model: Model,
-    train_dataset: Rows | None,
-    eval_dataset: Rows | None,
+    train_dataset: Dataset | None,
+    eval_dataset: Dataset | None,
     processing_class: PreTrainedTokenizerBase | None,
     peft_config: Any,
 ) -> RunParts:
@@ -64,18 +69,25 @@ def assemble(
     Raises: ConfigError, DataError or ModelError when the run cannot work.
     """
     check_trackers(config.logging.report_to)
-    accelerator = Accelerator(log_with=list(config.logging.report_to) or None, project_dir=str(config.run_dir))
+    accelerator = Accelerator(
+        mixed_precision="no",  # ours is `optimizer.bf16`; the launcher's environment must not add to it
+        log_with=list(config.logging.report_to) or None,
+        project_dir=str(config.run_dir),
+    )
     check_processes(accelerator, config)
     judge = get_judge(config.evaluation.judge)
     tokenizer = processing_class or load_tokenizer(config.student, "student")
     student = model if isinstance(model, nn.Module) else load_model(config.student, "student")
     end_ids = end_token_ids(tokenizer, getattr(student, "generation_config", None))
     check_model("student", student, tokenizer, config)
-    data = prepare_data(config, tokenizer, context_length(student), train_dataset, eval_dataset)
+    context = _common_context(student, config, teacher_model)
+    data = prepare_data(config, tokenizer, context, train_dataset, eval_dataset)
     teacher = _load_teacher(config, teacher_model, tokenizer)
 
     autocast = _autocast(accelerator, config.optimizer.bf16)
-    student = _trainable(student, config, peft_config).to(accelerator.device)
+    student = _trainable(student, config, peft_config)
+    digests = {"student": digest_of_weights(student), "dataset": data.digest()}
+    student = student.to(accelerator.device)
     engine = HFEngine(
         model=computing_module(student),
         end_token_ids=end_ids,
@@ -93,6 +105,7 @@ def assemble(
         engine=engine,
         updater=_updater(student, config, tokenizer, accelerator, autocast),
         judge=judge,
+        digests=digests,
     )
 
 
@@ -104,6 +117,18 @@ def with_names(config: StableOPDConfig, model: Model, teacher: Model) -> StableO
     if isinstance(teacher, str):
         update["teacher"] = config.teacher.model_copy(update={"model_name_or_path": teacher})
     return config.model_copy(update=update)
+
+
+def _common_context(student: nn.Module, config: StableOPDConfig, teacher: Model) -> int | None:
+    """Most tokens that student and teacher can both read; the teacher's weights are not loaded for it."""
+    contexts = [context_length(student.config)]
+    if config.objective.needs_teacher:
+        teacher_config = (
+            teacher.config if isinstance(teacher, nn.Module) else load_model_config(config.teacher, "teacher")
+        )
+        contexts.append(context_length(teacher_config))
+    known = [context for context in contexts if context is not None]
+    return min(known) if known else None
 
 
 def _load_teacher(config: StableOPDConfig, model: Model, tokenizer: PreTrainedTokenizerBase) -> nn.Module | None:
@@ -122,12 +147,25 @@ def _trainable(student: nn.Module, config: StableOPDConfig, peft_config: Any) ->
     if peft_config is None and config.student.lora is not None:
         peft_config = lora_config(config.student.lora)
     if peft_config is not None:
-        student = with_adapters(student, peft_config)
+        student = with_adapters(student, peft_config, seed=config.seed)
+    _check_trained_dtype(student)
     if config.optimizer.gradient_checkpointing:
-        student.gradient_checkpointing_enable()  # type: ignore[operator]
+        enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+        enable()  # type: ignore[operator]
         if is_adapted(student):
             student.enable_input_require_grads()  # type: ignore[operator]
     return student
+
+
+def _check_trained_dtype(student: nn.Module) -> None:
+    """Raises: ModelError when weights are trained in a dtype in which small updates are lost or overflow."""
+    dtypes = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}
+    for dtype in sorted(dtypes - {torch.float32, torch.float64}, key=str):
+        raise ModelError(
+            f"the student would be trained in {str(dtype).removeprefix('torch.')}, in which small updates are rounded "
+            "away. Set student.dtype=float32 and optimizer.bf16=true: the arithmetic is then bfloat16 and the weights "
+            "stay exact"
+        )
 
 
 def _local_teacher(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -50,6 +51,7 @@ def save_checkpoint(
     (aside / "trainer_state.json").write_text(json.dumps(state.to_json(), indent=2))
     _flush_to_disk(aside)
     aside.rename(path)
+    _flush_folder(folder)
     return path
 
 
@@ -70,8 +72,11 @@ def load_checkpoint(path: Path, *, student: nn.Module, optimizer: torch.optim.Op
         tensors = load_file(path / "optimizer.safetensors")
         scalars = json.loads((path / "optimizer.json").read_text())
         optimizer.load_state_dict(_unflatten(tensors, scalars))
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise RunFolderError(f"{path} cannot be resumed from: {error}") from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise RunFolderError(
+            f"{path} is damaged or belongs to another student ({error}). Remove this folder to go on from the "
+            "checkpoint before it"
+        ) from error
     return state
 
 
@@ -127,6 +132,14 @@ def _flush_to_disk(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

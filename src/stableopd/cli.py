@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,7 +97,9 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=resume)
     except KeyboardInterrupt:
-        _interrupted(f"stopped; go on with: stableopd train {config} --resume")
+        _interrupted(
+            "stopped; go on with: " + shlex.join(["stableopd", "train", str(config), *(overrides or []), "--resume"])
+        )
     finally:
         for callback in trainer.callbacks:
             if isinstance(callback, ConsoleReporter):
@@ -118,11 +122,38 @@ def report(
     Console().print(f"wrote {escape(str(path))}", highlight=False)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from stableopd import __version__
+
+        typer.echo(f"stableopd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _stop_as_on_interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Entry point: errors made for users become one message on stderr and exit status 2."""
+    for name in ("SIGTERM", "SIGHUP"):  # a closed terminal or a scheduler's stop must not leave children behind
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _stop_as_on_interrupt)
     try:
         app(prog_name="stableopd")
     except StableOPDError as error:
+        _complain(str(error))
+        sys.exit(BAD_INPUT)
+    except OSError as error:  # a full disk, a folder that may not be written, a file in place of a folder
         _complain(str(error))
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:

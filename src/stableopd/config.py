@@ -30,7 +30,7 @@ PRESETS: Mapping[str, Mapping[str, float]] = {
     "opd": {"distill": 1.0, "gold": 0.0, "reference": 0.0},
     "stableopd": {"distill": 1.0, "gold": 1.0, "reference": 0.1},
 }
-"""Coefficients that `method` fills in; the paper gives no values, these are the ones measured in docs/demo.md."""
+"""Coefficients that `method` fills in. The paper gives no values; docs/losses.md says what is known of these."""
 
 FLAT_NAMES: Mapping[str, str] = {
     "lambda_gold": "objective.gold.coef",
@@ -60,6 +60,7 @@ HINTS: Mapping[str, str] = {
     "per_device_train_batch_size": "set rollout.num_prompts (all processes together) and optimizer.micro_batch_tokens",
     "gradient_accumulation_steps": "micro-batches follow from optimizer.micro_batch_tokens; the result does not change",
     "num_train_epochs": "set max_steps; one step is one rollout batch of rollout.num_prompts prompts",
+    "lr": "say learning_rate",
     "beta": "say beta_kl (KL to the initial student) or lambda_gold (golden solutions)",
     "use_vllm": "the rollout engine is rollout.engine",
     "trust_remote_code": "code from a model repository is never run",
@@ -182,7 +183,7 @@ class OptimizerConfig(Section):
     """Optimizer updates per pass over a rollout batch."""
     num_epochs: PositiveInt = 1
     """Passes over each rollout batch."""
-    micro_batch_tokens: PositiveInt = 16_384
+    micro_batch_tokens: PositiveInt = 4_096
     """Most tokens, padding included, in one forward pass. Changes memory and speed, not the result."""
     bf16: bool = False
     gradient_checkpointing: bool = False
@@ -404,6 +405,7 @@ def _dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         kinds = get_args(info.annotation) or (info.annotation,)
         sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
         if sections:
+            yield prefix + name
             yield from _dotted_keys(sections[0], f"{prefix}{name}.")
         else:
             yield prefix + name
@@ -412,7 +414,9 @@ def _dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _nearest(name: str, known: Collection[str]) -> str:
     """' (did you mean ...?)' by the whole dotted key, else by its last part."""
     leaf = name.rsplit(".", 1)[-1]
-    by_leaf = {key.rsplit(".", 1)[-1]: key for key in known}
+    by_leaf: dict[str, str] = {}
+    for key in known:
+        by_leaf.setdefault(key.rsplit(".", 1)[-1], key)
     whole = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
     found = whole or [by_leaf[match] for match in difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.7)]
     return f" (did you mean {found[0]!r}?)" if found else ""

@@ -22,7 +22,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StableOPDCon
     """
     raw, lines = _read_yaml(Path(path))
     for override in overrides:
-        _apply_override(raw, override)
+        dotted = _apply_override(raw, override)
+        lines = {key: line for key, line in lines.items() if FLAT_NAMES.get(key, key) != dotted}
     try:
         return StableOPDConfig(**raw)
     except ConfigError as error:
@@ -38,10 +39,11 @@ def check_resumable(path: Path, config: StableOPDConfig) -> None:
         return
     stored = flatten(_read_yaml(path)[0])
     now = flatten(yaml.safe_load(dump_config(config)))
+    fixed = () if config.optimizer.schedule == "constant" else ("max_steps",)
     changed = [
         f"{key}: {stored.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(stored.keys() | now.keys())
-        if key.split(".")[0] not in _MAY_CHANGE_ON_RESUME and stored.get(key) != now.get(key)
+        if (key in fixed or key.split(".")[0] not in _MAY_CHANGE_ON_RESUME) and stored.get(key) != now.get(key)
     ]
     if changed:
         raise ConfigError(
@@ -95,6 +97,8 @@ def _key_lines(node: yaml.Node, path: Path, prefix: str = "") -> Iterator[tuple[
     seen: set[str] = set()
     for key_node, value_node in node.value:
         key, line = str(key_node.value), key_node.start_mark.line + 1
+        if key_node.tag != "tag:yaml.org,2002:str":
+            raise ConfigError(f"{path}, line {line}: the key {prefix + key!r} is not a name; keys are words")
         if key in seen:
             raise ConfigError(f"{path}, line {line}: the key {prefix + key!r} is given twice; remove one of them")
         seen.add(key)
@@ -102,7 +106,8 @@ def _key_lines(node: yaml.Node, path: Path, prefix: str = "") -> Iterator[tuple[
         yield from _key_lines(value_node, path, f"{prefix}{key}.")
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def _apply_override(raw: dict[str, Any], override: str) -> str:
+    """Lay one override over the settings; returns the dotted key that it sets."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r} is not of the form key=value, such as optimizer.learning_rate=1e-6")
@@ -115,6 +120,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if target == dotted:
             raw.pop(name, None)
     set_path(raw, dotted, value, why=f"override {override!r}")
+    return dotted
 
 
 def _placed(error: ConfigError, path: str | Path, lines: Mapping[str, int]) -> Iterator[str]:

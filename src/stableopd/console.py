@@ -25,6 +25,7 @@ class ConsoleReporter(Callback):
         self._progress: Progress | None = None
         self._task: Any = None
         self._phase, self._tokens = "", 0
+        self._explained: set[str] = set()
 
     def on_train_begin(self, trainer: Any) -> None:
         config, state = trainer.config, trainer.state
@@ -33,6 +34,8 @@ class ConsoleReporter(Callback):
             f"[bold]{config.method}[/]  {config.max_steps} steps of {config.rollout.num_prompts} prompts{resumed}"
             f"  ->  {escape(str(config.run_dir))}"
         )
+        if state.step >= config.max_steps:
+            self._hint(f"the run is already at step {state.step}; raise max_steps to go on")
         if self.console.is_terminal:
             self._progress = progress_bar(self.console)
             self._task = self._progress.add_task(config.method, total=config.max_steps, completed=state.step)
@@ -58,9 +61,24 @@ class ConsoleReporter(Callback):
         if has_eval or step % trainer.config.logging.every_steps == 0 or step == trainer.config.max_steps:
             self.console.print(_line(step, metrics, name), highlight=False)
         for alert in alerts:
-            print_alert(self.console, alert)
+            print_alert(self.console, alert, brief=alert.rule in self._explained)
+            self._explained.add(alert.rule)
         if self._progress:
             self._progress.update(self._task, completed=step)
+
+    def on_evaluate(self, trainer: Any, metrics: Mapping[str, float]) -> None:
+        accuracy = metrics.get(f"eval/{trainer.config.evaluation.name}/accuracy")
+        if accuracy is None:
+            self._hint(
+                f"accuracy is not measured: no held-out row has the column {trainer.config.data.answer_column!r}"
+            )
+        elif accuracy == 0.0:
+            self._hint("not one held-out answer was judged right; if that surprises you, look at evaluation.judge")
+
+    def _hint(self, text: str) -> None:
+        if text not in self._explained:
+            self._explained.add(text)
+            self.console.print(f"[yellow]note[/] {escape(text)}", highlight=False)
 
     def on_save(self, trainer: Any, path: str) -> None:
         self.console.print(f"[dim]saved {escape(path)}[/]", highlight=False)
@@ -112,9 +130,10 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def print_alert(console: Console, alert: Alert) -> None:
-    style = STYLES[alert.severity]
-    console.print(f"[{style}]{alert.severity}[/] {alert.rule}: {escape(alert.message)}", highlight=False)
+def print_alert(console: Console, alert: Alert, *, brief: bool = False) -> None:
+    """The alert in full, or only what was seen: cause and advice are the same each time."""
+    message = alert.message.split(" Likely cause:")[0] if brief else alert.message
+    console.print(f"[{STYLES[alert.severity]}]{alert.severity}[/] {alert.rule}: {escape(message)}", highlight=False)
 
 
 def _line(step: int, metrics: Mapping[str, float], name: str) -> str:

@@ -38,6 +38,7 @@ def load_examples(
     gold_weights_column: str | None = None,
     source: str,
     max_prompt_tokens: int | None = None,
+    max_total_tokens: int | None = None,
     require_gold: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Example]:
@@ -53,6 +54,7 @@ def load_examples(
         gold_weights_column: one loss weight per golden token, the end token included; null means 1 for all.
         source: names the data in errors where the rows do not know their places (see `Rows`).
         max_prompt_tokens: longest prompt allowed, in tokens.
+        max_total_tokens: longest prompt and gold together, in tokens.
         require_gold: refuse rows without gold.
         chat_template_kwargs: passed to the chat template, for example {"enable_thinking": False}.
 
@@ -66,6 +68,7 @@ def load_examples(
     _check_lengths(table, prompt_ids, max_prompt_tokens)
     golds = _golds(table, gold_column, require_gold)
     gold_ids = _gold_ids(table, golds, prompts, tokenizer)
+    _check_totals(table, prompt_ids, gold_ids, max_total_tokens)
     gold_weights = _gold_weights(table, gold_weights_column, gold_ids)
     answers = _answers(table, answer_column)
     columns = zip(prompts, prompt_ids, gold_ids, gold_weights, answers, strict=True)
@@ -181,6 +184,17 @@ def _check_lengths(table: _Table, prompt_ids: Sequence[tuple[int, ...]], limit: 
             f"allowed; {len(overlong)} of {len(prompt_ids)} prompts are too long, the longest has {longest}. Remove or "
             "shorten them, or raise data.max_prompt_length if the model's context has room"
         )
+
+
+def _check_totals(
+    table: _Table, prompt_ids: Sequence[tuple[int, ...]], gold_ids: Sequence[tuple[int, ...] | None], limit: int | None
+) -> None:
+    for row, (prompt, gold) in enumerate(zip(prompt_ids, gold_ids, strict=True)):
+        if limit is not None and gold is not None and len(prompt) + len(gold) > limit:
+            raise DataError(
+                f"{table.places[row]}: prompt and gold have {len(prompt) + len(gold)} tokens, more than the context of "
+                f"{limit}. Remove the row or give a shorter golden solution; a truncated one teaches never to stop"
+            )
 
 
 def _golds(table: _Table, column: str, required: bool) -> list[str | None]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
@@ -85,7 +86,10 @@ def _judged(completion: Completion, judge: Judge) -> dict[str, Any]:
     right, failed = None, False
     if answer is not None:
         try:
-            right = bool(judge(completion.text, answer))
+            verdict: object = judge(completion.text, answer)
+            if not isinstance(verdict, bool | int | np.bool_):
+                raise TypeError(f"a judge says True or False, not {verdict!r}")
+            right = bool(verdict)
         except Exception:  # a judge is a user's code on a model's text: it must not end a run of days
             right, failed = False, True
     return {

@@ -38,7 +38,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) 
 def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Entropy of softmax(logits / temperature) at each position: [B, T, V] -> [B, T] in nats."""
     log_p = _upcast(logits, temperature).log_softmax(dim=-1)
-    return -_expectation(log_p, log_p)
+    return torch.special.entr(log_p.exp()).sum(dim=-1)
 
 
 def sampled_reverse_kl(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:

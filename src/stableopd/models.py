@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from stableopd.config import LoraSettings, ModelConfig
 from stableopd.errors import ConfigError, MissingDependencyError, ModelError
@@ -28,9 +30,18 @@ def load_model(config: ModelConfig, role: str) -> nn.Module:
         options["attn_implementation"] = config.attn_implementation
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         raise _cannot_load("model", role, name, error) from error
     return model
+
+
+def load_model_config(config: ModelConfig, role: str) -> Any:
+    """The configuration of a model, without its weights. Raises: ModelError as `load_model`."""
+    name = _require_name(config, role)
+    try:
+        return AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load("model", role, name, error) from error
 
 
 def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
@@ -62,15 +73,17 @@ def lora_config(settings: LoraSettings) -> Any:
     )
 
 
-def with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
-    """The model with trainable adapters of a peft configuration; its own weights are frozen.
+def with_adapters(model: nn.Module, peft_config: Any, *, seed: int) -> nn.Module:
+    """The model with trainable adapters of a peft configuration, drawn from `seed`; its own weights are frozen.
 
     Raises: ConfigError when the adapters do not fit the model.
     """
     from peft import get_peft_model
 
     try:
-        adapted: nn.Module = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            adapted: nn.Module = get_peft_model(model, peft_config)  # type: ignore[arg-type]
     except ValueError as error:
         raise ConfigError(f"student.lora does not fit this model: {error}") from error
     return adapted
@@ -98,6 +111,16 @@ class AdaptersOff(nn.Module):
             return computing_module(model)(**inputs)
 
 
+@torch.no_grad()
+def digest_of_weights(model: nn.Module) -> str:
+    """A short digest that changes with any weight, shape or name."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, parameter in sorted(model.named_parameters()):
+        figures = (parameter.double().sum().item(), parameter.double().square().sum().item())
+        digest.update(f"{name} {tuple(parameter.shape)} {figures!r}".encode())
+    return digest.hexdigest()
+
+
 def reference_of(student: nn.Module) -> nn.Module:
     """The student as it is now, for good: its adapters switched off where it has any, else a frozen copy."""
     return AdaptersOff(student) if is_adapted(student) else frozen_copy(student)
@@ -108,9 +131,8 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def context_length(model: nn.Module) -> int | None:
-    """Most tokens that the model's positions cover, when its configuration says so."""
-    config: Any = model.config
+def context_length(config: Any) -> int | None:
+    """Most tokens that a model's positions cover, when its configuration says so."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     length = getattr(config, "max_position_embeddings", None)
     return int(length) if length else None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, LoggerType
@@ -15,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from stableopd.config import StableOPDConfig
 from stableopd.data import GoldPool, PromptStream, load_examples, read_rows
-from stableopd.errors import ConfigError, DataError, ModelError
+from stableopd.errors import ConfigError, ModelError
 from stableopd.models import context_length
 from stableopd.types import Example
 from stableopd.vocabulary import vocab_size
 
-Rows = Iterable[Mapping[str, Any]]
+Dataset = Iterable[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +33,13 @@ class RunData:
     gold_pool: GoldPool | None
     held_out: list[Example]
 
+    def digest(self) -> str:
+        """A short digest of all prompts and golden solutions, in their order."""
+        digest = hashlib.blake2b(digest_size=12)
+        for example in self.stream.examples:
+            digest.update(np.array([*example.prompt_ids, -1, *(example.gold_ids or ())], dtype=np.int64).tobytes())
+        return digest.hexdigest()
+
     def gold(self, step: int, examples: list[Example]) -> list[Example]:
         """One golden solution for each prompt of the step: its own, or one from the pool."""
         return examples if self.gold_pool is None else self.gold_pool.batch(step, len(examples))
@@ -40,26 +49,27 @@ def prepare_data(
     config: StableOPDConfig,
     tokenizer: PreTrainedTokenizerBase,
     context: int | None,
-    train_dataset: Rows | None,
-    eval_dataset: Rows | None,
+    train_dataset: Dataset | None,
+    eval_dataset: Dataset | None,
 ) -> RunData:
     """Raises: DataError or ConfigError for data that this run cannot use."""
     needs_gold = config.objective.needs_gold
     longest_prompt = _longest_prompt(config, context)
     rows = _rows(train_dataset, config.data.path, config.data.split, "data.path")
     source = config.data.path or "train_dataset"
-    examples = _load(config, tokenizer, rows, source, longest_prompt, needs_gold and not config.data.gold_path)
+    examples = _load(config, tokenizer, rows, source, longest_prompt, context, needs_gold and not config.data.gold_path)
     pool = None
     if needs_gold and config.data.gold_path:
-        pool_rows = read_rows(config.data.gold_path, config.data.split)
-        pool_examples = _load(config, tokenizer, pool_rows, config.data.gold_path, longest_prompt, require_gold=True)
+        pool_rows = read_rows(config.data.gold_path, config.data.split, setting="data.gold_path")
+        pool_examples = _load(
+            config, tokenizer, pool_rows, config.data.gold_path, longest_prompt, context, require_gold=True
+        )
         pool = GoldPool(pool_examples, seed=config.seed)
-    _check_gold_fits(pool_examples if pool else examples, context, needs_gold)
     held_out = []
     if eval_dataset is not None or config.evaluation.path:
         eval_rows = _rows(eval_dataset, config.evaluation.path, config.evaluation.split, "evaluation.path")
         source = config.evaluation.path or "eval_dataset"
-        held_out = _load(config, tokenizer, eval_rows, source, longest_prompt, require_gold=False)
+        held_out = _load(config, tokenizer, eval_rows, source, longest_prompt, context, require_gold=False)
     stream = PromptStream(
         examples, num_prompts=config.rollout.num_prompts, seed=config.seed, shuffle=config.data.shuffle
     )
@@ -77,7 +87,7 @@ def check_model(role: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase,
             f"the {role} has {rows} embeddings and the student's tokenizer {num_ids} ids; they are not a pair. "
             f"Resize the {role}'s embeddings or take the tokenizer that it was trained with"
         )
-    context, budget = context_length(model), config.rollout.max_completion_length
+    context, budget = context_length(model.config), config.rollout.max_completion_length
     if config.objective.needs_rollouts and context is not None and context <= budget:
         raise ConfigError(
             f"rollout.max_completion_length is {budget}, but the {role}'s context is {context} tokens, prompt "
@@ -117,20 +127,21 @@ def check_processes(accelerator: Accelerator, config: StableOPDConfig) -> None:
         )
 
 
-def _rows(dataset: Rows | None, path: str | None, split: str | None, key: str) -> Rows:
+def _rows(dataset: Dataset | None, path: str | None, split: str | None, key: str) -> Dataset:
     if dataset is not None:
         return dataset
     if not path:
         raise ConfigError(f"no data is given; set {key} to a .jsonl or .parquet file or a hub dataset id")
-    return read_rows(path, split)
+    return read_rows(path, split, setting=key)
 
 
 def _load(
     config: StableOPDConfig,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
+    rows: Dataset,
     source: str,
     longest_prompt: int | None,
+    context: int | None,
     require_gold: bool,
 ) -> list[Example]:
     data = config.data
@@ -143,6 +154,7 @@ def _load(
         gold_weights_column=data.gold_weights_column if require_gold else None,
         source=source,
         max_prompt_tokens=longest_prompt,
+        max_total_tokens=context if require_gold else None,
         require_gold=require_gold,
         chat_template_kwargs=data.chat_template_kwargs,
     )
@@ -153,15 +165,3 @@ def _longest_prompt(config: StableOPDConfig, context: int | None) -> int | None:
     room = None if context is None else context - budget
     limits = [limit for limit in (config.data.max_prompt_length, room) if limit is not None]
     return max(1, min(limits)) if limits else None
-
-
-def _check_gold_fits(examples: list[Example], context: int | None, needs_gold: bool) -> None:
-    if not needs_gold or context is None:
-        return
-    for example in examples:
-        length = len(example.prompt_ids) + len(example.gold_ids or ())
-        if length > context:
-            raise DataError(
-                f"row {example.index + 1}: prompt and gold have {length} tokens, more than the model's context of "
-                f"{context}; remove the row or take a shorter golden solution (truncated gold teaches never to stop)"
-            )

@@ -33,7 +33,7 @@ class Rows(list[Row]):
         self.places = [place for place, _ in pairs]
 
 
-def read_rows(path: str, split: str | None = None) -> Rows:
+def read_rows(path: str, split: str | None = None, *, setting: str = "data.path") -> Rows:
     """Rows of a local file, of a folder of files, or of a dataset on the hub.
 
     Args:
@@ -41,6 +41,7 @@ def read_rows(path: str, split: str | None = None) -> Rows:
             otherwise a hub id, with a colon before the name of its configuration where it needs one
             ("openai/gsm8k:main"). What looks like a local path is never looked up on the hub, and no
             code of a dataset is ever run.
+        setting: the key that named the path, for errors.
         split: the split on the hub, or the files of a folder to take ("train" takes train.jsonl and
             train-*.parquet). A single file is one split, whatever its name.
 
@@ -50,6 +51,8 @@ def read_rows(path: str, split: str | None = None) -> Rows:
     """
     local = Path(path).expanduser()
     is_local = local.exists() or _looks_local(path)
+    if is_local and not local.exists():
+        raise DataError(f"{setting}: {path} does not exist (relative paths start at {Path.cwd()})")
     rows = Rows(_read_local(local, split) if is_local else _read_hub(path, split))
     if not rows:
         raise DataError(f"{path} holds no rows. Give a dataset with at least one prompt")
@@ -62,8 +65,6 @@ def _looks_local(path: str) -> bool:
 
 
 def _read_local(path: Path, split: str | None) -> Iterator[tuple[Place, Row]]:
-    if not path.exists():
-        raise DataError(f"{path} does not exist. Check data.path (relative paths start at {Path.cwd()})")
     if path.is_file():
         yield from _read_file(path)
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():

@@ -10,11 +10,14 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
+
+import yaml
 
 from stableopd.errors import RunFolderError
 
@@ -23,6 +26,9 @@ try:
 except ImportError:  # not on Windows: runs go unlocked there
     fcntl = None  # type: ignore[assignment]
 
+_ROLLOUT_FILE = re.compile(r"^step-(\d{6,})\.jsonl$")
+_BEFORE_CONFIG = {".lock", "rollouts", "checkpoints", ".config.yaml.tmp"}
+"""What a run killed at its very start may have left."""
 _PACKAGES = ("stableopd", "torch", "transformers", "accelerate", "tokenizers", "numpy")
 
 
@@ -46,8 +52,9 @@ class RunRecorder:
         last = -1 if after_step is None else after_step
         for name in ("metrics.jsonl", "alerts.jsonl"):
             _keep_until(self.path / name, last)
-        for file in (self.path / "rollouts").glob("step-*.jsonl"):
-            if int(file.stem.removeprefix("step-")) > last:
+        for file in (self.path / "rollouts").iterdir():
+            step = _ROLLOUT_FILE.match(file.name)
+            if step and int(step[1]) > last:
                 file.unlink()
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -72,10 +79,30 @@ def check_run_folder(path: Path, *, resume: bool) -> None:
     """
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path} is a file; output_dir must be a folder")
-    if path.is_dir() and any(path.iterdir()) and not resume:
+    entries = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if entries and not resume:
         raise RunFolderError(
             f"{path} already holds something. Go on with the run that is there with --resume, "
             "or choose another output_dir; an existing run is never overwritten"
+        )
+    if "config.yaml" not in entries and not entries <= _BEFORE_CONFIG:
+        raise RunFolderError(f"{path} is not a run folder (there is no config.yaml in it); there is nothing to resume")
+
+
+def check_nothing_lost(path: Path) -> None:
+    """Whether a run without a checkpoint may start over: it must have been killed before its first one was due.
+
+    Raises: RunFolderError when checkpoints must have been there.
+    """
+    metrics, config = path / "metrics.jsonl", path / "config.yaml"
+    if not (metrics.exists() and config.exists()):
+        return
+    due = yaml.safe_load(config.read_text(encoding="utf-8"))["checkpoint"]["every_steps"]
+    steps = [int(number) for number in re.findall(rb'^\{"step": (\d+)', metrics.read_bytes(), re.MULTILINE)]
+    if max(steps, default=0) > due:
+        raise RunFolderError(
+            f"{path} has logged {max(steps)} steps, but its checkpoints are gone: it cannot go on, and is not started "
+            "over. Choose another output_dir"
         )
 
 
@@ -141,11 +168,11 @@ def _keep_until(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True):
+    for line in path.read_bytes().decode("utf-8", errors="replace").split("\n"):
         try:
             step = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError):
             continue  # torn by a kill; its step is repeated
         if step <= last_step:
-            kept.append(line)
+            kept.append(line + "\n")
     write_atomically(path, "".join(kept))

@@ -14,15 +14,17 @@ rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stableopd.config import ObjectiveConfig, OptimizerConfig
 from stableopd.losses import (
@@ -37,6 +39,9 @@ from stableopd.losses import (
 from stableopd.scoring import Autocast, completion_logits
 from stableopd.tokens import budget_batches, pad_left, pad_right
 from stableopd.types import Example, LossPart, LossTerms, RolloutBatch, TokenScores
+
+_PIECE_ELEMENTS = 2**27
+"""Logits turned to float32 at a time: half a GiB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,12 +220,12 @@ def loss_terms(
     has_gold = objective.needs_gold and bool(rows.gold_weight.any())
     # Rows that count nothing go through every term: all processes must log the same figures.
     if objective.needs_gold and totals["gold"] > 0 and (has_gold or not has_rollouts):
-        nll = -token_logprobs(logits, rows.completion_ids)
+        nll = -_in_pieces(token_logprobs, logits, rows.completion_ids)
         parts["gold"] = LossPart(
             token_loss=nll, weight=rows.gold_weight, denominator=totals["gold"], coef=objective.gold.coef
         )
     if objective.needs_rollouts and totals["rollout"] > 0 and (has_rollouts or not has_gold):
-        logprobs = token_logprobs(logits, rows.completion_ids, temperature)
+        logprobs = _in_pieces(partial(token_logprobs, temperature=temperature), logits, rows.completion_ids)
         figures = _rollout_figures(logits, logprobs, rows, objective, temperature)
         if objective.distill.coef > 0:
             parts["distill"] = _distill_part(logprobs, rows, objective, totals["rollout"])
@@ -257,8 +262,11 @@ def _reference_kl(
     with torch.no_grad():
         ref_logits = completion_logits(reference, rows, vocab_size)
     if objective.reference.estimator == "exact":
-        return reverse_kl(logits, ref_logits, temperature)
-    return kl_penalty(logprobs, token_logprobs(ref_logits, rows.completion_ids, temperature))
+        return _in_pieces(partial(reverse_kl, temperature=temperature), logits, ref_logits)
+    with torch.no_grad():
+        score = partial(token_logprobs, temperature=temperature)
+        ref_logprobs = _in_pieces(score, ref_logits, rows.completion_ids)
+    return kl_penalty(logprobs, ref_logprobs)
 
 
 @torch.no_grad()
@@ -269,10 +277,25 @@ def _rollout_figures(
     ratio = log_ratio.exp()
     outside = (ratio < 1 - objective.distill.epsilon_low) | (ratio > 1 + objective.distill.epsilon_high)
     return {
-        "entropy": token_entropy(logits, temperature),
+        "entropy": _in_pieces(partial(token_entropy, temperature=temperature), logits),
         "sampling/logprob_gap": log_ratio.abs(),
         "clip_ratio/region_mean": outside.float(),
     }
+
+
+def _in_pieces(loss: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Tensor:
+    """loss(logits, *others) [B, T], a few columns at a time where [B, T, V] is large.
+
+    Float32 copies of the logits, and what the backward pass would keep of them, then exist for one piece at a time.
+    """
+    num_rows, width, size = logits.shape
+    columns = max(1, _PIECE_ELEMENTS // (num_rows * size))
+    if columns >= width:
+        return loss(logits, *others)
+    pieces = zip(*(array.split(columns, dim=1) for array in (logits, *others)), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([loss(*piece) for piece in pieces], dim=1)
+    return torch.cat([checkpoint(loss, *piece, use_reentrant=False) for piece in pieces], dim=1)
 
 
 class Updater:
@@ -307,9 +330,11 @@ class Updater:
         """One optimizer step on all `rows` of all processes; returns figures for the log.
 
         Every process must call it the same number of times; a process may bring rows without any weight.
-        An update whose gradient is not finite is not made, and `skipped_updates` is 1.
+        An update whose gradient is not finite, or in which no token counts, is not made: `skipped_updates` is 1.
         """
         totals = self._totals(rows)
+        if not any(totals.values()):
+            return {"skipped_updates": 1.0}
         sums: dict[str, Tensor] = {}
         micro_batches = list(rows.micro_batches(self._token_budget))
         self.student.train()
@@ -345,7 +370,7 @@ class Updater:
         for name, figure in terms.figures.items():
             _add(sums, name, reduce_tokens(figure, micro.rollout_weight, totals["rollout"]))
         # Gradients are averaged over processes, while the denominators already count all of them.
-        self._accelerator.backward(loss * self._accelerator.num_processes)
+        (loss * self._accelerator.num_processes).backward()
 
     def _totals(self, rows: TrainingRows) -> dict[str, float]:
         local = torch.stack([rows.rollout_weight.sum(), rows.gold_weight.sum()]).double()

@@ -17,15 +17,16 @@ from stableopd.assembly import assemble, with_names
 from stableopd.checkpoint import checkpoints_in, clean_up, load_checkpoint, rotate, save_checkpoint, save_model
 from stableopd.config import StableOPDConfig
 from stableopd.config_files import check_resumable, dump_config, flatten
+from stableopd.errors import ConfigError, RunFolderError
 from stableopd.evaluate import Completion, decode, evaluate
 from stableopd.health.monitor import HealthMonitor
 from stableopd.health.signals import is_repetitive
 from stableopd.metrics import Stopwatch, TrackerSink, mean_of
 from stableopd.models import computing_module
 from stableopd.optimizer import learning_rate_at
-from stableopd.preparation import Rows
+from stableopd.preparation import Dataset
 from stableopd.protocols import Callback, MetricSink
-from stableopd.recorder import RunRecorder
+from stableopd.recorder import RunRecorder, check_nothing_lost
 from stableopd.step import TrainingRows, concat_rows, gold_rows, minibatches, rollout_rows
 from stableopd.types import Alert, Example, HealthReport, RolloutBatch, Sampling, TokenScores, TrainState
 from stableopd.vocabulary import pad_token_id
@@ -55,8 +56,8 @@ class StableOPDTrainer:
         model: str | nn.Module | None = None,
         teacher_model: str | nn.Module | None = None,
         args: StableOPDConfig | None = None,
-        train_dataset: Rows | None = None,
-        eval_dataset: Rows | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[Callback] = (),
         peft_config: Any = None,
@@ -73,7 +74,9 @@ class StableOPDTrainer:
         self.updater = parts.updater
         self.judge = parts.judge
         self.monitor = HealthMonitor(self.config.health.monitor_settings())
-        self.state = TrainState()
+        self.state = TrainState(begun_with=parts.digests)
+        self.recorder: RunRecorder | None = None
+        self._sinks: list[MetricSink] = []
 
     # ------------------------------------------------------------------ the loop
 
@@ -82,8 +85,13 @@ class StableOPDTrainer:
 
         Raises: RunFolderError when the run folder is occupied, locked, or belongs to another configuration.
         """
-        self._open_run_folder(resume_from_checkpoint)
+        if not isinstance(resume_from_checkpoint, bool):
+            raise ConfigError(
+                "resume_from_checkpoint is True or False: a run goes on from the newest checkpoint of its own folder. "
+                "To begin another run from a checkpoint, give its folder as the student"
+            )
         try:
+            self._open_run_folder(resume_from_checkpoint)
             self._each_callback("on_train_begin")
             if self.state.step == 0 and self.config.evaluation.at_start and self.data.held_out:
                 self._each_callback("on_phase", 0, "evaluation")
@@ -269,9 +277,10 @@ class StableOPDTrainer:
 
     def _open_run_folder(self, resume: bool) -> None:
         path = self.config.run_dir
+        if resume:
+            check_resumable(path / "config.yaml", self.config)
         self.recorder = RunRecorder(path, resume=resume) if self.accelerator.is_main_process else None
         self.accelerator.wait_for_everyone()
-        self._sinks: list[MetricSink] = []
         after_step = self._resume(path) if resume else None
         if self.recorder:
             self.recorder.start(dump_config(self.config), after_step)
@@ -279,12 +288,21 @@ class StableOPDTrainer:
             self._sinks.append(TrackerSink(self.accelerator, "stableopd", flatten(self.config.model_dump(mode="json"))))
 
     def _resume(self, path: Path) -> int | None:
-        check_resumable(path / "config.yaml", self.config)
+        """Step of the checkpoint from which the run goes on; None when it was killed before its first one."""
         clean_up(path / "checkpoints")
         found = checkpoints_in(path / "checkpoints")
         if not found:
+            check_nothing_lost(path)
             return None
+        begun_with = self.state.begun_with
         self.state = load_checkpoint(found[-1], student=self.student, optimizer=self.updater.optimizer)
+        if self.state.begun_with != begun_with:
+            changed = [name for name, digest in begun_with.items() if self.state.begun_with.get(name) != digest]
+            raise RunFolderError(
+                f"{path} was begun with another {' and another '.join(changed)}, though the configuration names the "
+                "same: the reference and the order of prompts would change in the middle of the run. Put the old one "
+                "back, or choose another output_dir"
+            )
         self.monitor.load_state_dict(self.state.monitor)
         self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
         return self.state.step
@@ -294,6 +312,7 @@ class StableOPDTrainer:
             sink.close()
         if self.recorder:
             self.recorder.close()
+        self._sinks, self.recorder = [], None
 
     def _write_rollouts(self, step: int, records: list[tuple[Completion, np.ndarray | None]]) -> None:
         if self.recorder is None or not self.config.logging.num_rollouts:

@@ -171,6 +171,8 @@ class TrainState:
     best_metric: float | None = None
     best_step: int | None = None
     monitor: dict[str, Any] = field(default_factory=dict)
+    begun_with: dict[str, str] = field(default_factory=dict)
+    """Digests of the student and the data that the run began with."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

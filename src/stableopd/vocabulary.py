@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 
 _PROBE = "stableopd-probe"
 _NUM_SHOWN = 5
+
+
+class VocabularyWarning(UserWarning):
+    """Student and teacher name some added tokens differently."""
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any = None) -> frozenset[int]:
@@ -111,10 +116,17 @@ def check_same_vocabulary(
 ) -> None:
     """Returns if both tokenizers map the same tokens to the same ids; how far embeddings are padded is no matter.
 
+    Families rename their added tokens (turn markers and the like) while the text tokens stay the same. Such a pair
+    can be distilled; the difference is a `VocabularyWarning`.
+
     Raises:
-        ModelError: they do not; names the first differing tokens by id, and counts all of them.
+        ModelError: text tokens differ; names the first differing tokens by id, and counts all of them.
     """
     student, teacher = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    added = set(student_tokenizer.get_added_vocab()) | set(teacher_tokenizer.get_added_vocab())
+    renamed = sorted(token for token in added if student.get(token) != teacher.get(token))
+    student = {token: index for token, index in student.items() if token not in added}
+    teacher = {token: index for token, index in teacher.items() if token not in added}
     moved = [token for token in _by_id(student) if token in teacher and teacher[token] != student[token]]
     differences = [
         _difference("have another id", [f"{token!r} ({student[token]} / {teacher[token]})" for token in moved]),
@@ -128,6 +140,14 @@ def check_same_vocabulary(
             f"({len(teacher)} tokens) differ: {'; '.join(found)}. The {teacher_name} scores the ids that the "
             f"{student_name} samples, and they would mean another text to it. Take a student and a teacher of one "
             "family, or give both the same tokenizer if they were trained with it"
+        )
+    if renamed:
+        shown = ", ".join(map(repr, renamed[:_NUM_SHOWN]))
+        warnings.warn(
+            f"{len(renamed)} added tokens differ between the {student_name} and the {teacher_name} ({shown}, ...): the "
+            f"{teacher_name} reads the {student_name}'s turn markers as other tokens. Prompts of plain text avoid it",
+            VocabularyWarning,
+            stacklevel=2,
         )
 
 

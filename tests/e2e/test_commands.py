@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -166,6 +169,41 @@ def tokenizer_without_eos(tmp_path, config):
     return config(student={"model_name_or_path": str(folder)}), ["end"]
 
 
+def truncated_student(tmp_path, config):
+    folder = tmp_path / "cut"
+    shutil.copytree(yaml.safe_load(config().read_text())["student"]["model_name_or_path"], folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:3000])
+    return config(student={"model_name_or_path": str(folder)}), ["student", "cut"]
+
+
+def half_precision_student(tmp_path, config):
+    return config(student={"dtype": "float16"}), ["float16", "optimizer.bf16"]
+
+
+def short_sighted_teacher(tmp_path, config):
+    folder = tmp_path / "short"
+    from stableopd.toy.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    model = build_model(num_layers=1, hidden_size=16, num_heads=2, tokenizer=tokenizer, seed=1, max_positions=14)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(str(folder))
+    return config(teacher={"model_name_or_path": str(folder)}), ["line 1", "prompt"]
+
+
+def missing_evaluation(tmp_path, config):
+    return config(evaluation={"path": str(tmp_path / "absent.jsonl")}), ["evaluation.path", "absent.jsonl"]
+
+
+def missing_gold_pool(tmp_path, config):
+    return config(data={"gold_path": str(tmp_path / "absent.jsonl")}), ["data.gold_path", "absent.jsonl"]
+
+
+def endless_name(tmp_path, config):
+    return config(output_dir=str(tmp_path / ("x" * 300))), ["too long"]
+
+
 def unknown_judge(tmp_path, config):
     return config(evaluation={"judge": "nowhere.to:be_found"}), ["evaluation.judge", "nowhere"]
 
@@ -180,6 +218,8 @@ def output_is_a_file(tmp_path, config):
     [
         broken_json, empty_data, missing_data, missing_student, student_is_no_model, no_gold, long_prompt,
         too_few_prompts, budget_over_context, other_vocabulary, tokenizer_without_eos, unknown_judge, output_is_a_file,
+        truncated_student, half_precision_student, short_sighted_teacher, missing_evaluation, missing_gold_pool,
+        endless_name,
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_any_work(invoke, tmp_path, config, case):
@@ -226,6 +266,33 @@ def test_help_teaches_with_an_example(invoke, command):
     done = invoke(*command, "--help")
     assert done.returncode == 0
     assert not command or "Example: stableopd" in done.stdout
+
+
+def test_a_report_never_replaces_a_file_that_is_not_a_page(invoke, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    done = invoke("report", tmp_path, "-o", tmp_path / "metrics.jsonl")
+    assert done.returncode == 2
+    assert "left as it is" in done.stderr
+    assert (tmp_path / "metrics.jsonl").read_text().startswith('{"step"')
+
+
+def test_version_is_told(invoke):
+    assert invoke("--version").stdout.startswith("stableopd 0.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_to_go_on(config, tmp_path, number):
+    path = config(max_steps=100_000)
+    command = [sys.executable, "-m", "stableopd", "train", str(path), "seed=5"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"stableopd train {path} seed=5 --resume" in err
 
 
 @pytest.mark.slow

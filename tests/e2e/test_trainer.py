@@ -318,7 +318,7 @@ def test_an_unknown_tracker_is_refused(tmp_path, chat_tokenizer):
 def test_gold_that_does_not_fit_the_context_is_refused(tmp_path, chat_tokenizer):
     rows = chat_rows()
     rows[3]["completion"][0]["content"] = "It is " * 200
-    with pytest.raises(DataError, match="row 4"):
+    with pytest.raises(DataError, match="row 4: prompt and gold have"):
         StableOPDTrainer(
             model=qwen(chat_tokenizer, 1), teacher_model=qwen(chat_tokenizer, 2), args=arguments(tmp_path),
             train_dataset=rows, processing_class=chat_tokenizer,

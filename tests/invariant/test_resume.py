@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,14 +57,17 @@ def records(path: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows]
 
 
-def assert_same_run(left: Path, right: Path, last_step: int) -> None:
+WEIGHTS = ("model.safetensors", "optimizer.safetensors")
+
+
+def assert_same_run(left: Path, right: Path, last_step: int, parts: tuple[str, ...] = WEIGHTS) -> None:
     for name in ("metrics.jsonl", "alerts.jsonl"):
         assert records(left / name) == records(right / name), name
     assert [row["step"] for row in records(left / "metrics.jsonl")] == list(range(last_step + 1))
     for file in sorted((left / "rollouts").iterdir()):
         assert file.read_text() == (right / "rollouts" / file.name).read_text()
     name = f"step-{last_step:06d}"
-    for part in ("model.safetensors", "optimizer.safetensors"):
+    for part in parts:
         one, other = (load_file(run / "checkpoints" / name / part) for run in (left, right))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), part
@@ -128,6 +134,145 @@ def test_a_run_does_not_go_on_under_another_configuration(run_settings, tmp_path
     train(settings, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"rollout.temperature: 1.0 -> 0.5"):
         train(run_settings(max_steps=1, rollout={"temperature": 0.5}), tmp_path / "run", resume=True)
+
+
+def tree(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("foreign", ["metrics.jsonl", "thesis.txt", "rollouts/step-abc.jsonl"])
+def test_a_folder_that_is_no_run_is_not_resumed_into(run_settings, tmp_path, foreign):
+    path = tmp_path / "theirs" / foreign
+    path.parent.mkdir(parents=True)
+    path.write_text('{"mine": 1}\n')
+    (tmp_path / "theirs" / "other.txt").write_text("theirs")
+    before = tree(tmp_path / "theirs")
+    with pytest.raises(RunFolderError, match="not a run folder"):
+        train(run_settings(), tmp_path / "theirs", resume=True)
+    assert tree(tmp_path / "theirs") == before
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_started_over(run_settings, tmp_path):
+    settings = run_settings(max_steps=4)
+    train(settings, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = records(tmp_path / "run" / "metrics.jsonl")
+    with pytest.raises(RunFolderError, match="checkpoints are gone"):
+        train(settings, tmp_path / "run", resume=True)
+    assert records(tmp_path / "run" / "metrics.jsonl") == before
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_named_with_what_to_do(run_settings, tmp_path, file):
+    settings = run_settings(max_steps=2)
+    train(settings, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step-000002" / file
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(RunFolderError, match=r"step-000002 is damaged .* checkpoint before it"):
+        train(settings, tmp_path / "run", resume=True)
+
+
+def test_other_weights_or_data_under_the_same_names_are_noticed(run_settings, tmp_path, dataset):
+    data = tmp_path / "train.jsonl"
+    data.write_text((dataset / "train.jsonl").read_text())
+    settings = run_settings(max_steps=2, data={"path": str(data)})
+    train(settings, tmp_path / "run")
+    data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
+    with pytest.raises(RunFolderError, match="another dataset"):
+        train({**settings, "max_steps": 3}, tmp_path / "run", resume=True)
+
+
+def test_the_reference_of_a_resumed_run_cannot_be_the_trained_student(run_settings, tmp_path):
+    settings = {**run_settings(max_steps=2), "output_dir": str(tmp_path / "run")}
+    first = StableOPDTrainer(args=StableOPDConfig(**settings))
+    first.train()
+    second = StableOPDTrainer(model=first.student, args=StableOPDConfig(**{**settings, "max_steps": 3}))
+    with pytest.raises(RunFolderError, match="another student"):
+        second.train(resume_from_checkpoint=True)
+
+
+def test_a_refused_resume_leaves_the_folder_free(run_settings, tmp_path):
+    settings = run_settings(max_steps=2)
+    train(settings, tmp_path / "run")
+    refused = StableOPDTrainer(args=StableOPDConfig(**{**settings, "seed": 9, "output_dir": str(tmp_path / "run")}))
+    with pytest.raises(ConfigError):
+        refused.train(resume_from_checkpoint=True)
+    train({**settings, "max_steps": 3}, tmp_path / "run", resume=True)
+    del refused
+
+
+def test_a_decaying_learning_rate_ties_the_run_to_its_number_of_steps(run_settings, tmp_path):
+    settings = run_settings(max_steps=2, optimizer={"schedule": "linear"})
+    train(settings, tmp_path / "run")
+    with pytest.raises(ConfigError, match="max_steps: 2 -> 3"):
+        train({**settings, "max_steps": 3}, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"student": {"lora": {"r": 2}}},
+        {"optimizer": {"num_epochs": 2, "schedule": "cosine", "warmup_steps": 2}},
+        {"objective": {"reference": {"estimator": "k3"}}, "rollout": {"temperature": 0.7, "top_p": 0.9}},
+    ],
+    ids=["lora", "epochs and schedule", "k3 and top-p"],
+)
+def test_every_kind_of_run_resumes_to_the_bit(run_settings, tmp_path, changes):
+    settings = run_settings(max_steps=5, **changes)
+    train(settings, tmp_path / "whole")
+    train(settings, tmp_path / "parts", stop_after=3)
+    train(settings, tmp_path / "parts", resume=True)
+    parts = ("adapter_model.safetensors", "optimizer.safetensors") if "student" in changes else WEIGHTS
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 5, parts)
+
+
+WRITES = ("os.fsync", "pathlib.Path.rename", "pathlib.Path.replace", "pathlib.Path.unlink", "shutil.rmtree")
+
+
+def die_at_write(number: int) -> None:
+    """From now on the process ends, as by kill -9, at the `number`-th write that is meant to be atomic."""
+    left = [number]
+
+    def dying(original):
+        def call(*arguments, **options):
+            left[0] -= 1
+            if left[0] == 0:
+                os._exit(9)
+            return original(*arguments, **options)
+
+        return call
+
+    for name in WRITES:
+        module_name, _, attribute = name.rpartition(".")
+        owner = pathlib.Path if module_name == "pathlib.Path" else sys.modules[module_name]
+        setattr(owner, attribute, dying(getattr(owner, attribute)))
+
+
+@pytest.mark.slow
+def test_killed_at_any_write_it_resumes_to_the_same_run(run_settings, tmp_path):
+    """Every checkpoint, rename, flush and deletion of a run is once the last thing that it does."""
+    settings = run_settings(max_steps=3, checkpoint={"every_steps": 1, "keep_last": 1, "keep_best": False})
+    train(settings, tmp_path / "whole")
+    number = died = 0
+    while True:
+        number += 1
+        folder = tmp_path / f"killed{number}"
+        child = os.fork()
+        if child == 0:
+            die_at_write(number)
+            with contextlib.suppress(BaseException):
+                StableOPDTrainer(args=StableOPDConfig(**{**settings, "output_dir": str(folder)})).train()
+                os._exit(0)
+            os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, 9), "the run failed instead of dying"
+        if status == 0:
+            break
+        died += 1
+        train(settings, folder, resume=True)
+        assert_same_run(tmp_path / "whole", folder, 3)
+        shutil.rmtree(folder)
+    assert died > 20
 
 
 def test_a_folder_that_another_process_writes_is_refused(run_settings, tmp_path):

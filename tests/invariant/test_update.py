@@ -208,6 +208,23 @@ def test_an_update_with_an_infinite_gradient_is_skipped_and_said(tokenizer, rows
     assert all(torch.equal(before[name], p) for name, p in student.named_parameters())
 
 
+def test_an_update_in_which_nothing_counts_is_skipped(tokenizer, rows):
+    nothing = rows.without_weight()
+    assert update(tokenizer, nothing) == ({"skipped_updates": 1.0}, {})
+
+
+def test_large_vocabularies_are_taken_in_pieces_with_the_same_result(tokenizer, rows, monkeypatch):
+    whole = update(tokenizer, rows)
+    monkeypatch.setattr("stableopd.step._PIECE_ELEMENTS", 2 * VOCAB * len(rows))
+    assert_same(update(tokenizer, rows), whole)
+
+
+def test_a_launchers_environment_does_not_rescale_the_gradient(tokenizer, rows, monkeypatch):
+    figures, _ = update(tokenizer, rows)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert update(tokenizer, rows)[0]["grad_norm"] == pytest.approx(figures["grad_norm"])
+
+
 def test_clipping_bounds_the_norm_of_the_whole_gradient(tokenizer, rows):
     figures, grads = update(tokenizer, rows, max_grad_norm=0.01)
     assert figures["grad_norm"] > 0.01, "the norm that is logged is the one before clipping"

@@ -76,6 +76,8 @@ def test_an_unknown_key_names_the_nearest_known_one_and_its_line(write):
         ("per_device_train_batch_size: 4", r"set rollout.num_prompts"),
         ("health: {thresholds: {loop_warnin: 0.1}}", r"did you mean 'loop_warning'"),
         ("health: {thresholds: {loop_warning: 2.0}}", r"loop_warning"),
+        ("1: 2", r"line 1: the key '1' is not a name"),
+        ("studnet: {dtype: auto}", r"did you mean 'student'"),
         ("seed: 1\nseed: 2", r"line 2: the key 'seed' is given twice"),
         ("a: [1", r"line \d+, column \d+: broken YAML"),
         ("- 1\n- 2", r"mapping of keys to values, not a list"),
@@ -109,6 +111,12 @@ def test_overrides_are_laid_over_the_file(write):
     assert (config.rollout.num_prompts, config.rollout.num_generations) == (8, 2)
     assert config.objective.reference.coef == 0.5
     assert load_config(path, ["learning_rate=1e-6"]).optimizer.learning_rate == 1e-6
+
+
+def test_a_bad_override_is_not_blamed_on_a_line_of_the_file(write):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write("max_steps: 5"), ["max_steps=0"])
+    assert "line" not in str(caught.value)
 
 
 @pytest.mark.parametrize("override", ["seed", "=3", "seed.x=3", "sead=3", "seed=[1"])

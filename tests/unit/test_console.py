@@ -45,5 +45,26 @@ def test_steps_between_log_lines_are_silent_but_evaluations_and_alerts_are_not()
     assert "critical loops: 40% of [all] tokens" in out.getvalue()
 
 
+def test_cause_and_advice_are_said_once_per_rule():
+    console, trainer, out = reporter()
+    alert = Alert(
+        rule="loops", severity="warning", signal="s", value=1.0, threshold=0.5, step=5, since=4,
+        message="Much was seen. Likely cause: loops. What to do: rest.",
+    )  # fmt: skip
+    for _ in range(2):
+        console.on_step_end(trainer, {"step": 5, **METRICS}, (alert,))
+    assert out.getvalue().count("Much was seen") == 2
+    assert out.getvalue().count("Likely cause") == 1
+
+
+def test_an_evaluation_that_says_nothing_is_noted_once():
+    console, trainer, out = reporter()
+    for accuracy in (0.0, 0.0, 0.5):
+        console.on_evaluate(trainer, {"eval/validation/accuracy": accuracy})
+    console.on_evaluate(trainer, {"eval/validation/mean_length": 3.0})
+    assert out.getvalue().count("evaluation.judge") == 1
+    assert "'answer'" in out.getvalue()
+
+
 def test_a_sparkline_spans_its_range_and_clips_what_is_outside():
     assert sparkline([0.0, 0.5, 1.0, 2.0, -1.0], low=0.0, high=1.0) == "▁▅██▁"

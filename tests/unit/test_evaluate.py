@@ -74,6 +74,12 @@ def test_a_judge_that_raises_counts_as_wrong_and_is_told(tokenizer):
     assert metrics["eval/set/judge_failures"] == 2
 
 
+def test_a_judge_that_does_not_say_yes_or_no_is_not_believed(tokenizer):
+    metrics = run(tokenizer, judge=lambda completion, answer: "certainly")
+    assert metrics["eval/set/accuracy"] == 0.0
+    assert metrics["eval/set/judge_failures"] == 4
+
+
 def test_text_is_without_its_end_token_but_shows_special_tokens_inside(tokenizer):
     engine = ScriptedEngine(tokenizer, ["1_2$", "12"], ["stop", "length"])
     rollouts = engine.generate(EXAMPLES, Sampling(max_new_tokens=4), step=0)

@@ -333,3 +333,25 @@ class TestCheckSequenceLength:
     def test_refuses_one_bare_string(self) -> None:
         with pytest.raises(TypeError, match="list"):
             check_sequence_length("a completion", 5)
+
+
+@pytest.mark.parametrize("lengths", [[-1], [1.5], [float("nan")]])
+def test_lengths_that_cannot_be_are_refused(lengths):
+    with pytest.raises(ValueError):
+        measure_rollouts(lengths=lengths, finish_reasons=["stop"])
+
+
+def test_token_ids_of_another_length_than_told_are_refused():
+    with pytest.raises(ValueError, match="token_ids of rollout 0 has 2 entries, but its length is 1"):
+        measure_rollouts(lengths=[1], finish_reasons=["stop"], token_ids=[[1, 2]])
+
+
+def test_one_bare_text_is_not_taken_for_many():
+    with pytest.raises(TypeError, match="Put it into a list"):
+        repetition_rate("aaaa")
+
+
+@pytest.mark.parametrize("sequences", [[5, 20], [{"input_ids": [1]}]])
+def test_lengths_in_place_of_sequences_are_refused(sequences):
+    with pytest.raises(TypeError, match="the sequences themselves"):
+        check_sequence_length(sequences, 10)

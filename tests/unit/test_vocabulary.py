@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stableopd.errors import ModelError
 from stableopd.vocabulary import (
+    VocabularyWarning,
     answer_end_id,
     check_same_vocabulary,
     end_token_ids,
@@ -139,13 +140,18 @@ def test_moved_tokens_are_counted_and_the_first_are_named_with_both_ids():
 def test_missing_tokens_are_reported_on_the_side_that_lacks_them():
     with pytest.raises(ModelError) as caught:
         check_same_vocabulary(
-            make_tokenizer(special=[*SPECIAL, "<only-student>"]),
-            make_tokenizer(special=[*SPECIAL, "<only-teacher>"]),
-            teacher_name="teacher 'math'",
+            make_tokenizer([*LETTERS, "student"]), make_tokenizer([*LETTERS, "teacher"]), teacher_name="teacher 'math'"
         )
     message = str(caught.value)
-    assert "1 are unknown to the teacher 'math': '<only-student>' (103)" in message
-    assert "1 are unknown to the student: '<only-teacher>' (103)" in message
+    assert f"1 are unknown to the teacher 'math': 'student' ({len(LETTERS)})" in message
+    assert f"1 are unknown to the student: 'teacher' ({len(LETTERS)})" in message
+
+
+def test_a_family_that_renames_its_added_tokens_is_a_pair_with_a_warning():
+    student = make_tokenizer(special=[*SPECIAL, "<|im_sep|>"])
+    teacher = make_tokenizer(special=[*SPECIAL, "<turn>"])
+    with pytest.warns(VocabularyWarning, match=r"2 added tokens differ .*'<turn>'"):
+        check_same_vocabulary(student, teacher)
 
 
 def test_only_the_first_differences_are_listed_but_all_are_counted():

@@ -71,7 +71,12 @@ def is_repetitive(text: str, tail_chars: int = TAIL_CHARS, threshold: float = CO
 def repetition_rate(
     texts: Iterable[str], tail_chars: int = TAIL_CHARS, threshold: float = COMPRESSION_THRESHOLD
 ) -> float:
-    """Share of the texts that are repetitive in the sense of `is_repetitive`; 0.0 for no texts."""
+    """Share of the texts that are repetitive in the sense of `is_repetitive`; 0.0 for no texts.
+
+    Raises: one bare string -> TypeError.
+    """
+    if isinstance(texts, str):
+        raise TypeError("repetition_rate needs several texts, got one string. Put it into a list.")
     return _share(is_repetitive(text, tail_chars, threshold) for text in texts)
 
 
@@ -113,10 +118,13 @@ def check_sequence_length(sequences: Iterable[Sized], max_expected_length: int) 
     for a string, the padded width for a row of a 2-D array. No sequences -> (0.0, 0), no warning.
     Raises: max_expected_length <= 0 -> ValueError; one bare string, or items without a length -> TypeError.
     """
-    if max_expected_length <= 0:
+    if not max_expected_length > 0:
         raise ValueError(f"max_expected_length must be positive, got {max_expected_length}.")
     if isinstance(sequences, str):
         raise TypeError("check_sequence_length needs several sequences, got one string. Put it into a list.")
+    sequences = list(sequences)
+    if any(not hasattr(sequence, "__len__") or isinstance(sequence, Mapping) for sequence in sequences):
+        raise TypeError("check_sequence_length needs the sequences themselves: lists, arrays or strings, one each.")
     lengths = [len(sequence) for sequence in sequences]
     found = SequenceLengths(sum(lengths) / len(lengths), max(lengths)) if lengths else SequenceLengths(0.0, 0)
     if found.max > max_expected_length:
@@ -367,6 +375,12 @@ def _class_figures(
 
 
 def _check_columns(lengths: Sequence[int], **columns: Sequence[Any] | None) -> None:
+    if any(not float(length).is_integer() or length < 0 for length in lengths):
+        raise ValueError(f"lengths are whole numbers of tokens, 0 or more; got {list(lengths)[:5]} ...")
+    for name in ("token_ids", "advantages"):
+        for row, (values, length) in enumerate(zip(columns.get(name) or (), lengths, strict=False)):
+            if len(values) != length:
+                raise ValueError(f"{name} of rollout {row} has {len(values)} entries, but its length is {length}.")
     for name, column in columns.items():
         if column is not None and len(column) != len(lengths):
             raise ValueError(f"{name} has {len(column)} rows for {len(lengths)} lengths: one per rollout is needed.")

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 import stableopd
+from stableopd.errors import RunFolderError
 from stableopd.recorder import write_atomically
 from stableopd.report.charts import Chart, Section, colours, first_screen, sections
 from stableopd.report.samples import ShownSample, printable, shown_samples
@@ -48,6 +49,8 @@ def write_report(run_paths: Sequence[str | Path], output: str | Path) -> Path:
     if not run_paths:
         raise ValueError("a report needs at least one run folder")
     output = Path(output)
+    if output.is_dir() or (output.exists() and output.suffix not in (".html", ".htm")):
+        raise RunFolderError(f"{output} is not an HTML file and is left as it is; name the report with -o NAME.html")
     html = render_report(read_runs(run_paths))
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, html)

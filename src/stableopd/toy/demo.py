@@ -103,7 +103,9 @@ def run_demo(settings: DemoSettings, console: Console) -> None:
     world = settings.build_world()
     out = settings.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunFolderError(f"{out} already holds something; choose another folder with --out, or remove it first")
+        raise RunFolderError(
+            f"{out} already holds something; choose another folder with --out (make demo OUT=...), or remove it first"
+        )
     start = time.perf_counter()
     quiet_libraries()
     console.print(
@@ -285,22 +287,23 @@ def run_side_by_side(settings: DemoSettings, console: Console) -> None:
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
                 )
         _follow(processes, out, console)
+        failed = [name for name, process in processes.items() if process.returncode not in (None, 0)]
     finally:
         for process in processes.values():
             process.terminate()
             process.wait()
-    for name, process in processes.items():
-        if process.returncode != 0:
-            tail = "\n".join(logs[name].read_text(errors="replace").splitlines()[-15:])
-            raise StableOPDError(f"the {name} run ended with status {process.returncode}; see {logs[name]}\n{tail}")
+    for name in failed:
+        tail = "\n".join(logs[name].read_text(errors="replace").splitlines()[-15:])
+        status = processes[name].returncode
+        raise StableOPDError(f"the {name} run ended with status {status}; see {logs[name]}\n{tail}")
 
 
 def _follow(processes: Mapping[str, subprocess.Popen[bytes]], out: Path, console: Console) -> None:
     tails = {name: _Tail(out / name / "metrics.jsonl") for name in processes}
     if console.is_terminal:
-        with Live(_live_table(tails), console=console, refresh_per_second=4) as live:
+        with Live(_live_table(tails, console.width), console=console, refresh_per_second=4) as live:
             for _ in _while_running(processes, tails):
-                live.update(_live_table(tails))
+                live.update(_live_table(tails, console.width))
         return
     shown: dict[str, int] = {}
     for _ in _while_running(processes, tails):
@@ -345,30 +348,37 @@ class _Tail:
         return [row for row in self.rows if "eval/validation/accuracy" in row]
 
 
+_NARROW = 110
 _COLUMNS = (
     ("length", "completions/mean_length", "{:.1f}"),
-    ("truncated", "completions/clipped_ratio", "{:.0%}"),
+    ("cut off", "completions/clipped_ratio", "{:.0%}"),
     ("repetitive", "health/repetition_rate", "{:.0%}"),
-    ("in loops", "health/loop_token_fraction", "{:.0%}"),
+    ("loops", "health/loop_token_fraction", "{:.0%}"),
     ("accuracy", "eval/validation/accuracy", "{:.0%}"),
     ("greedy", "eval/validation_greedy/accuracy", "{:.0%}"),
-    ("greedy trunc.", "eval/validation_greedy/truncation_rate", "{:.0%}"),
+    ("greedy cut off", "eval/validation_greedy/truncation_rate", "{:.0%}"),
 )
 
 
-def _live_table(tails: Mapping[str, _Tail]) -> Table:
+_NARROW_COLUMNS = ("length", "cut off", "loops", "accuracy")
+
+
+def _live_table(tails: Mapping[str, _Tail], width: int) -> Table:
+    """One row a run; a narrow terminal gets the curve of greedy accuracy without its figures."""
+    narrow = width < _NARROW
+    columns = [column for column in _COLUMNS if not narrow or column[0] in _NARROW_COLUMNS]
     table = Table(title="Training side by side", title_justify="left")
-    table.add_column("run")
-    table.add_column("step", justify="right")
-    for label, _, _ in _COLUMNS:
-        table.add_column(label, justify="right")
-    table.add_column("greedy accuracy so far", min_width=21)
+    table.add_column("run", no_wrap=True, min_width=len("stableopd"))
+    table.add_column("step", justify="right", no_wrap=True)
+    for label, _, _ in columns:
+        table.add_column(label, justify="right", no_wrap=True)
+    table.add_column("greedy accuracy", min_width=21, no_wrap=True)
     for name, tail in tails.items():
         latest: dict[str, Any] = {}
         for row in tail.rows:
             latest |= row
         curve = [row["eval/validation_greedy/accuracy"] for row in tail.evaluations]
-        cells = [form.format(latest[key]) if latest.get(key) is not None else "" for _, key, form in _COLUMNS]
+        cells = [form.format(latest[key]) if latest.get(key) is not None else "" for _, key, form in columns]
         table.add_row(name, str(latest.get("step", "")), *cells, sparkline(curve, low=0.0, high=1.0))
     return table
 
