@@ -360,11 +360,11 @@ _COLUMNS = (
 )
 
 
-_NARROW_COLUMNS = ("length", "cut off", "loops", "accuracy")
+_NARROW_COLUMNS = ("length", "cut off", "accuracy")
 
 
 def _live_table(tails: Mapping[str, _Tail], width: int) -> Table:
-    """One row a run; a narrow terminal gets the curve of greedy accuracy without its figures."""
+    """One row a run; a narrow terminal gets fewer figures beside the curve of greedy accuracy."""
     narrow = width < _NARROW
     columns = [column for column in _COLUMNS if not narrow or column[0] in _NARROW_COLUMNS]
     table = Table(title="Training side by side", title_justify="left")
