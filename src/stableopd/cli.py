@@ -56,12 +56,13 @@ def demo(
     """Watch plain OPD collapse and StableOPD hold, on small models trained here and now."""
     from stableopd.toy.demo import DemoSettings, run_demo
 
-    run_demo(
-        DemoSettings(
-            out=out, seed=seed, quick=quick, world=world, teacher=teacher, terse_fraction=terse, gold_pool=gold_pool
-        ),
-        Console(),
+    settings = DemoSettings(
+        out=out, seed=seed, quick=quick, world=world, teacher=teacher, terse_fraction=terse, gold_pool=gold_pool
     )
+    try:
+        run_demo(settings, Console())
+    except KeyboardInterrupt:
+        _interrupted(f"stopped; {out} is half made: remove it, or choose another folder with --out")
 
 
 @app.command(

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
@@ -293,6 +294,21 @@ def test_a_stopped_run_says_how_to_go_on(config, tmp_path, number):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"stableopd train {path} seed=5 --resume" in err
+
+
+@pytest.mark.slow
+def test_a_stopped_demo_leaves_no_process_behind(tmp_path):
+    out = tmp_path / "demo"
+    command = [sys.executable, "-m", "stableopd", "demo", "--quick", "--out", str(out)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (out / "opd" / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "half made" in err
+    commands = [" ".join(child.info["cmdline"] or ()) for child in psutil.process_iter(["cmdline"])]
+    assert not [line for line in commands if f"stableopd train {out}" in line], "a training process outlived the demo"
 
 
 @pytest.mark.slow
