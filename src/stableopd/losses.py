@@ -9,6 +9,7 @@ Divergences are written KL(student ‖ teacher) with the direction in the name o
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -89,6 +90,84 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     log_s = _upcast(student_logits, temperature).log_softmax(dim=-1)
     log_t = _upcast(teacher_logits, temperature).log_softmax(dim=-1)
     return _expectation(log_s, log_s - log_t)
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher ‖ student) over the whole vocabulary at each position, exact.
+
+    Definition: Σ_v T(v) (log T(v) − log S(v)), both at `temperature`.
+    Args: [B, T, V] each. A vocabulary entry may be −inf in both, and in the teacher alone.
+    Returns: [B, T] in nats, ≥ 0; infinite where the student forbids what the teacher allows.
+    Raises: ValueError when the shapes differ.
+    """
+    return reverse_kl(teacher_logits, student_logits, temperature)
+
+
+def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
+    """Generalised Jensen-Shannon divergence over the whole vocabulary at each position, exact.
+
+    Definition: with M = β·T + (1 − β)·S: β KL(T ‖ M) + (1 − β) KL(S ‖ M). Continuous in β: it is 0 at β = 0 and at
+    β = 1. For the limits of jsd/β and jsd/(1 − β) use `forward_kl` and `reverse_kl`.
+
+    Args:
+        student_logits, teacher_logits: [B, T, V]. Either may be −inf anywhere.
+        beta: weight of the teacher, in [0, 1].
+
+    Returns: [B, T] in nats, in [0, log 2].
+    Raises: ValueError when the shapes differ or beta is outside [0, 1].
+    Source: Agarwal et al. 2024, arXiv 2306.13649, eq. 1, with its endpoints left continuous.
+    """
+    _check_same_shape(student_logits, teacher_logits)
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta is {beta}; it is the teacher's share of the mixture and lies in [0, 1]")
+    if beta in (0.0, 1.0):
+        return (student_logits * 0.0).nan_to_num(0.0).sum(dim=-1)
+    log_s = _upcast(student_logits, temperature).log_softmax(dim=-1)
+    log_t = _upcast(teacher_logits, temperature).log_softmax(dim=-1)
+    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+    return beta * _expectation(log_t, log_t - log_m) + (1.0 - beta) * _expectation(log_s, log_s - log_m)
+
+
+def topk_reverse_kl(
+    student_logits: Tensor, teacher_topk_ids: Tensor, teacher_topk_logprobs: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """KL(student ‖ teacher), both renormalised on the teacher's top-k ids: local support matching.
+
+    Definition: Σ_{v in top-k} S~(v) (log S~(v) − log T~(v)), ~ renormalised on the set. Without renormalising the
+    student could lower the loss by moving its mass off the set. It is 0 for k = 1.
+
+    Args:
+        student_logits: [B, T, V].
+        teacher_topk_ids: [B, T, K] int64, distinct at each position.
+        teacher_topk_logprobs: [B, T, K] in nats, at `temperature`, before renormalising; treated as constant.
+
+    Returns: [B, T] in nats, ≥ 0.
+    Source: Fu et al. 2026, arXiv 2603.25562 (teacher top-k local support matching).
+    """
+    log_s = _upcast(student_logits.gather(-1, teacher_topk_ids), temperature).log_softmax(dim=-1)
+    log_t = _upcast(teacher_topk_logprobs.detach(), 1.0).log_softmax(dim=-1)
+    return _expectation(log_s, log_s - log_t)
+
+
+def discounted_advantages(advantages: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Each token's advantage with the discounted ones of the tokens that follow: Σ_{i ≥ t} γ^{i−t} A_i.
+
+    Args:
+        advantages: [B, T]; masked entries are never read.
+        mask: [B, T] bool, the real tokens, without holes.
+        gamma: in [0, 1]; 0 leaves the advantages as they are, 1 gives the sum to go.
+
+    Returns: [B, T], 0 where masked.
+    Raises: ValueError when gamma is outside [0, 1].
+    """
+    if not 0.0 <= gamma <= 1.0:
+        raise ValueError(f"gamma is {gamma}; a discount lies in [0, 1]")
+    total = torch.where(mask, advantages, torch.zeros_like(advantages))
+    reach, width = 1, advantages.shape[1]
+    while reach < width and gamma > 0:  # sums over 1, 2, 4, ... tokens ahead
+        ahead = torch.nn.functional.pad(total[:, reach:], (0, reach))
+        total, reach = total + gamma**reach * ahead, 2 * reach
+    return torch.where(mask, total, torch.zeros_like(total))
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KlEstimator = "k3") -> Tensor:

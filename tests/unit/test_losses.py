@@ -63,6 +63,103 @@ def test_reverse_kl_is_the_naive_sum_over_the_vocabulary_and_not_negative(
     assert (found >= -1e-12).all()
 
 
+@given(seed=SEEDS, temperature=st.sampled_from([0.5, 1.0, 1.7]), **SHAPES)
+@settings(max_examples=25, deadline=None)
+def test_forward_kl_is_the_naive_sum_weighed_with_the_teacher(seed, temperature, num_rows, num_tokens, vocab):
+    student, teacher = logits(seed, num_rows, num_tokens, vocab), logits(seed + 1, num_rows, num_tokens, vocab)
+    found = losses.forward_kl(student, teacher, temperature)
+    torch.testing.assert_close(found, naive_reverse_kl(teacher, student, temperature), rtol=1e-10, atol=1e-12)
+
+
+def naive_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    s, t = student.softmax(-1), teacher.softmax(-1)
+    m = beta * t + (1 - beta) * s
+    return (beta * t * (t / m).log() + (1 - beta) * s * (s / m).log()).sum(-1)
+
+
+@given(seed=SEEDS, beta=st.floats(0.001, 0.999), **SHAPES)
+@settings(max_examples=40, deadline=None)
+def test_jsd_is_the_naive_divergence_from_the_mixture(seed, beta, num_rows, num_tokens, vocab):
+    student, teacher = logits(seed, num_rows, num_tokens, vocab), logits(seed + 1, num_rows, num_tokens, vocab)
+    found = losses.jsd(student, teacher, beta)
+    torch.testing.assert_close(found, naive_jsd(student, teacher, beta), rtol=1e-7, atol=1e-12)
+    assert (found >= -1e-12).all()
+    assert (found <= math.log(2) + 1e-12).all()
+
+
+def test_jsd_has_no_jump_at_the_ends_of_beta_and_its_slopes_there_are_the_two_divergences():
+    student, teacher = logits(1, 1, 2, 5), logits(2, 1, 2, 5)
+    for end in (0.0, 1.0):
+        assert losses.jsd(student, teacher, end).abs().max() == 0
+    near = 1e-7
+    torch.testing.assert_close(
+        losses.jsd(student, teacher, near) / near, losses.forward_kl(student, teacher), rtol=1e-3, atol=1e-6
+    )
+    torch.testing.assert_close(
+        losses.jsd(student, teacher, 1 - near) / near, losses.reverse_kl(student, teacher), rtol=1e-3, atol=1e-6
+    )
+
+
+def test_jsd_is_finite_with_a_finite_gradient_whatever_is_forbidden():
+    student = torch.tensor([[[0.3, -math.inf, 0.1]]], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[[-math.inf, 0.2, 0.4]]], dtype=torch.float64)
+    for beta in (0.0, 0.3, 1.0):
+        (grad,) = torch.autograd.grad(losses.jsd(student, teacher, beta).sum(), student)
+        assert torch.isfinite(losses.jsd(student, teacher, beta)).all()
+        assert torch.isfinite(grad).all()
+    s, t = [0.5498339973124778, 0.0, 0.4501660026875221], [0.0, 0.4501660026875221, 0.549833997312478]
+    m = [0.3 * b + 0.7 * a for a, b in zip(s, t, strict=True)]
+    expected = sum(
+        (0.3 * b * math.log(b / c) if b else 0.0) + (0.7 * a * math.log(a / c) if a else 0.0)
+        for a, b, c in zip(s, t, m, strict=True)
+    )
+    assert losses.jsd(student, teacher, 0.3).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_jsd_refuses_a_mixture_that_is_none():
+    with pytest.raises(ValueError, match=r"beta is 1\.5"):
+        losses.jsd(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), 1.5)
+
+
+@given(seed=SEEDS, k=st.integers(1, 5), num_rows=st.integers(1, 3), num_tokens=st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_topk_reverse_kl_is_the_reverse_kl_on_the_set_alone(seed, k, num_rows, num_tokens):
+    student, teacher = logits(seed, num_rows, num_tokens, 6), logits(seed + 1, num_rows, num_tokens, 6)
+    top = teacher.log_softmax(-1).topk(k, dim=-1)
+    found = losses.topk_reverse_kl(student, top.indices, top.values)
+    expected = losses.reverse_kl(student.gather(-1, top.indices), teacher.gather(-1, top.indices))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    if k == 1:
+        assert found.abs().max() == 0
+
+
+def test_topk_reverse_kl_cannot_be_lowered_by_leaving_the_set():
+    student, teacher = logits(3, 1, 1, 6), logits(4, 1, 1, 6)
+    top = teacher.log_softmax(-1).topk(3, dim=-1)
+    away = student.scatter_add(-1, top.indices, torch.full_like(top.values, -5.0))
+    before = losses.topk_reverse_kl(student, top.indices, top.values)
+    torch.testing.assert_close(losses.topk_reverse_kl(away, top.indices, top.values), before)
+
+
+@given(seed=SEEDS, gamma=st.floats(0, 1), num_rows=st.integers(1, 3), width=st.integers(1, 20))
+@settings(max_examples=60, deadline=None)
+def test_discounted_advantages_are_the_naive_sum_over_what_follows(seed, gamma, num_rows, width):
+    advantages = logits(seed, num_rows, width)
+    lengths = torch.randint(0, width + 1, (num_rows,), generator=torch.Generator().manual_seed(seed))
+    mask = torch.arange(width) < lengths[:, None]
+    expected = torch.zeros_like(advantages)
+    for row, length in enumerate(lengths.tolist()):
+        for t in range(length):
+            expected[row, t] = sum(gamma ** (i - t) * advantages[row, i].item() for i in range(t, length))
+    dirty = advantages.masked_fill(~mask, math.nan)
+    torch.testing.assert_close(losses.discounted_advantages(dirty, mask, gamma), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_discount_outside_its_range_is_refused():
+    with pytest.raises(ValueError, match="gamma"):
+        losses.discounted_advantages(torch.zeros(1, 1), torch.ones(1, 1).bool(), 1.1)
+
+
 def test_reverse_kl_weighs_with_the_student():
     student = torch.tensor([[[math.log(0.9), math.log(0.1)]]])
     teacher = torch.tensor([[[math.log(0.5), math.log(0.5)]]])
@@ -74,7 +171,8 @@ def test_divergences_of_a_distribution_from_itself_are_zero():
     x = logits(1, 2, 3, 5)
     ids = torch.zeros(2, 3, dtype=torch.long)
     own = losses.token_logprobs(x, ids)
-    assert losses.reverse_kl(x, x).abs().max() < 1e-14
+    for divergence in (losses.reverse_kl, losses.forward_kl, losses.jsd):
+        assert divergence(x, x).abs().max() < 1e-14
     assert losses.sampled_reverse_kl(own, own).abs().max() == 0
     for kind in ("k1", "k2", "k3"):
         assert losses.kl_estimate(own, own, kind).abs().max() == 0
@@ -116,6 +214,12 @@ def test_gradients_pass_gradcheck(temperature):
     ids = torch.tensor([[0, 1, 2], [3, 3, 0]])
     assert torch.autograd.gradcheck(lambda s: losses.token_logprobs(s, ids, temperature), (student,))
     assert torch.autograd.gradcheck(lambda s, t: losses.reverse_kl(s, t, temperature), (student, teacher))
+    assert torch.autograd.gradcheck(lambda s, t: losses.forward_kl(s, t, temperature), (student, teacher))
+    assert torch.autograd.gradcheck(lambda s, t: losses.jsd(s, t, 0.3, temperature), (student, teacher))
+    top = teacher.detach().log_softmax(-1).topk(2, dim=-1)
+    assert torch.autograd.gradcheck(
+        lambda s: losses.topk_reverse_kl(s, top.indices, top.values, temperature), (student,)
+    )
     assert torch.autograd.gradcheck(lambda s: losses.token_entropy(s, temperature), (student,))
 
 
