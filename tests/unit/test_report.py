@@ -125,6 +125,11 @@ def test_a_single_run_is_not_compared(runs: list[RunRecord], chosen: list[int], 
     assert [answer.question for answer in answers([runs[i] for i in chosen])] == questions
 
 
+def test_of_many_runs_the_troubled_ones_have_the_first_cards(runs: list[RunRecord]) -> None:
+    collapsed, healthy = runs
+    assert cards([healthy, healthy, collapsed])[0].name == collapsed.name
+
+
 def test_a_card_says_the_status_in_words_and_gives_the_figures(runs: list[RunRecord]) -> None:
     collapsed, healthy = cards(runs)
     assert (collapsed.badge, healthy.badge) == ("✕ collapsed, step 60", "✓ healthy")

@@ -56,10 +56,12 @@ def _last(run: RunRecord, key: str) -> float | None:
 # ------------------------------------------------------------------------------------ headline
 
 
+_TROUBLE_FIRST = ("collapsed", "warning", "healthy", "unknown")
+
+
 def headline(runs: Sequence[RunRecord]) -> str:
     """What happened, in one sentence: the runs that collapsed first."""
-    order = ("collapsed", "warning", "healthy", "unknown")
-    ranked = sorted(runs, key=lambda run: order.index(run.verdict.status))
+    ranked = sorted(runs, key=lambda run: _TROUBLE_FIRST.index(run.verdict.status))
     if len(runs) > MAX_NAMED_RUNS:
         return _counted(ranked)
     beside_trouble = ranked[0].verdict.status in ("collapsed", "warning")
@@ -216,7 +218,11 @@ class Card:
 
 
 def cards(runs: Sequence[RunRecord]) -> list[Card]:
-    return [_card(number, run, outcome(run, runs)) for number, run in enumerate(runs)]
+    """One card a run; of more than two, the troubled ones come first."""
+    made = [(run, _card(number, run, outcome(run, runs))) for number, run in enumerate(runs)]
+    if len(made) > 2:
+        made.sort(key=lambda pair: _TROUBLE_FIRST.index(pair[0].verdict.status))
+    return [card for _, card in made]
 
 
 def _card(number: int, run: RunRecord, result: Outcome) -> Card:
