@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -69,8 +70,10 @@ def assemble(
     Raises: ConfigError, DataError or ModelError when the run cannot work.
     """
     check_trackers(config.logging.report_to)
+    # Ours is `optimizer.bf16`; a launcher's environment must not add to it, a caller's own accelerator may stand.
+    fresh = not AcceleratorState._shared_state
     accelerator = Accelerator(
-        mixed_precision="no",  # ours is `optimizer.bf16`; the launcher's environment must not add to it
+        mixed_precision="no" if fresh else None,
         log_with=list(config.logging.report_to) or None,
         project_dir=str(config.run_dir),
     )
@@ -80,8 +83,8 @@ def assemble(
     student = model if isinstance(model, nn.Module) else load_model(config.student, "student")
     end_ids = end_token_ids(tokenizer, getattr(student, "generation_config", None))
     check_model("student", student, tokenizer, config)
-    context = _common_context(student, config, teacher_model)
-    data = prepare_data(config, tokenizer, context, train_dataset, eval_dataset)
+    shared, own = _common_context(student, config, teacher_model), context_length(student.config)
+    data = prepare_data(config, tokenizer, shared, own, train_dataset, eval_dataset)
     teacher = _load_teacher(config, teacher_model, tokenizer)
 
     autocast = _autocast(accelerator, config.optimizer.bf16)
@@ -123,12 +126,18 @@ def _common_context(student: nn.Module, config: StableOPDConfig, teacher: Model)
     """Most tokens that student and teacher can both read; the teacher's weights are not loaded for it."""
     contexts = [context_length(student.config)]
     if config.objective.needs_teacher:
-        teacher_config = (
-            teacher.config if isinstance(teacher, nn.Module) else load_model_config(config.teacher, "teacher")
-        )
-        contexts.append(context_length(teacher_config))
+        contexts.append(_teacher_context(config, teacher))
     known = [context for context in contexts if context is not None]
     return min(known) if known else None
+
+
+def _teacher_context(config: StableOPDConfig, teacher: Model) -> int | None:
+    if isinstance(teacher, nn.Module):
+        return context_length(teacher.config)
+    try:
+        return context_length(load_model_config(config.teacher, "teacher"))
+    except ModelError:  # adapters have no configuration of their own; what cannot be loaded at all is told later
+        return None
 
 
 def _load_teacher(config: StableOPDConfig, model: Model, tokenizer: PreTrainedTokenizerBase) -> nn.Module | None:

@@ -66,18 +66,30 @@ def load_checkpoint(path: Path, *, student: nn.Module, optimizer: torch.optim.Op
 
     Raises: RunFolderError when the checkpoint does not belong to such a student or cannot be read.
     """
+    state = read_state(path)
     try:
-        state = TrainState(**json.loads((path / "trainer_state.json").read_text()))
         _load_weights(path, student)
         tensors = load_file(path / "optimizer.safetensors")
         scalars = json.loads((path / "optimizer.json").read_text())
         optimizer.load_state_dict(_unflatten(tensors, scalars))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise RunFolderError(
-            f"{path} is damaged or belongs to another student ({error}). Remove this folder to go on from the "
-            "checkpoint before it"
-        ) from error
+        raise _damaged(path, error) from error
     return state
+
+
+def read_state(path: Path) -> TrainState:
+    """The state in a checkpoint, without its tensors. Raises: RunFolderError when it cannot be read."""
+    try:
+        return TrainState(**json.loads((path / "trainer_state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> RunFolderError:
+    return RunFolderError(
+        f"{path} is damaged or belongs to another student ({error}). Remove this folder to go on from the "
+        "checkpoint before it"
+    )
 
 
 def _load_weights(path: Path, student: nn.Module) -> None:

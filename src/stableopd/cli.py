@@ -147,7 +147,7 @@ def _stop_as_on_interrupt(number: int, frame: object) -> None:
 def main() -> None:
     """Entry point: errors made for users become one message on stderr and exit status 2."""
     for name in ("SIGTERM", "SIGHUP"):  # a closed terminal or a scheduler's stop must not leave children behind
-        if hasattr(signal, name):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
             signal.signal(getattr(signal, name), _stop_as_on_interrupt)
     try:
         app(prog_name="stableopd")
@@ -155,7 +155,7 @@ def main() -> None:
         _complain(str(error))
         sys.exit(BAD_INPUT)
     except OSError as error:  # a full disk, a folder that may not be written, a file in place of a folder
-        _complain(str(error))
+        _complain(str(error) or repr(error))
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         _interrupted("stopped")

@@ -11,7 +11,8 @@ import yaml
 from stableopd.config import FLAT_NAMES, StableOPDConfig, set_path
 from stableopd.errors import ConfigError
 
-_MAY_CHANGE_ON_RESUME = ("max_steps", "checkpoint", "logging", "output_dir", "num_processes")
+_MAY_CHANGE_ON_RESUME = {"max_steps", "checkpoint", "logging", "output_dir", "num_processes"}
+_MAY_CHANGE_ON_RESUME |= {"optimizer.micro_batch_tokens"}  # changes rounding only
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StableOPDConfig:
@@ -43,7 +44,7 @@ def check_resumable(path: Path, config: StableOPDConfig) -> None:
     changed = [
         f"{key}: {stored.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(stored.keys() | now.keys())
-        if (key in fixed or key.split(".")[0] not in _MAY_CHANGE_ON_RESUME) and stored.get(key) != now.get(key)
+        if (key in fixed or not {key, key.split(".")[0]} & _MAY_CHANGE_ON_RESUME) and stored.get(key) != now.get(key)
     ]
     if changed:
         raise ConfigError(

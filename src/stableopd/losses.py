@@ -124,7 +124,9 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5, tempe
         return (student_logits * 0.0).nan_to_num(0.0).sum(dim=-1)
     log_s = _upcast(student_logits, temperature).log_softmax(dim=-1)
     log_t = _upcast(teacher_logits, temperature).log_softmax(dim=-1)
-    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+    nowhere = (log_s == -torch.inf) & (log_t == -torch.inf)  # logaddexp has no gradient there
+    log_s_safe, log_t_safe = log_s.masked_fill(nowhere, 0.0), log_t.masked_fill(nowhere, 0.0)
+    log_m = torch.logaddexp(log_t_safe + math.log(beta), log_s_safe + math.log1p(-beta))
     return beta * _expectation(log_t, log_t - log_m) + (1.0 - beta) * _expectation(log_s, log_s - log_m)
 
 

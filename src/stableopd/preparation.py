@@ -48,13 +48,21 @@ class RunData:
 def prepare_data(
     config: StableOPDConfig,
     tokenizer: PreTrainedTokenizerBase,
+    shared_context: int | None,
     context: int | None,
     train_dataset: Dataset | None,
     eval_dataset: Dataset | None,
 ) -> RunData:
-    """Raises: DataError or ConfigError for data that this run cannot use."""
+    """The data of a run, tokenised and checked.
+
+    Args:
+        shared_context: most tokens that student and teacher both read; bounds what rollouts start from.
+        context: most tokens that the student reads; bounds gold and held-out prompts.
+
+    Raises: DataError or ConfigError for data that this run cannot use.
+    """
     needs_gold = config.objective.needs_gold
-    longest_prompt = _longest_prompt(config, context)
+    longest_prompt = _longest_prompt(config, shared_context)
     rows = _rows(train_dataset, config.data.path, config.data.split, "data.path")
     source = config.data.path or "train_dataset"
     examples = _load(config, tokenizer, rows, source, longest_prompt, context, needs_gold and not config.data.gold_path)
@@ -69,7 +77,9 @@ def prepare_data(
     if eval_dataset is not None or config.evaluation.path:
         eval_rows = _rows(eval_dataset, config.evaluation.path, config.evaluation.split, "evaluation.path")
         source = config.evaluation.path or "eval_dataset"
-        held_out = _load(config, tokenizer, eval_rows, source, longest_prompt, context, require_gold=False)
+        held_out = _load(
+            config, tokenizer, eval_rows, source, _longest_prompt(config, context), context, require_gold=False
+        )
     stream = PromptStream(
         examples, num_prompts=config.rollout.num_prompts, seed=config.seed, shuffle=config.data.shuffle
     )

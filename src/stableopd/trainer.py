@@ -14,7 +14,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from stableopd.assembly import assemble, with_names
-from stableopd.checkpoint import checkpoints_in, clean_up, load_checkpoint, rotate, save_checkpoint, save_model
+from stableopd.checkpoint import (
+    checkpoints_in,
+    clean_up,
+    load_checkpoint,
+    read_state,
+    rotate,
+    save_checkpoint,
+    save_model,
+)
 from stableopd.config import StableOPDConfig
 from stableopd.config_files import check_resumable, dump_config, flatten
 from stableopd.errors import ConfigError, RunFolderError
@@ -282,6 +290,7 @@ class StableOPDTrainer:
         self.recorder = RunRecorder(path, resume=resume) if self.accelerator.is_main_process else None
         self.accelerator.wait_for_everyone()
         after_step = self._resume(path) if resume else None
+        self.accelerator.wait_for_everyone()  # what a resuming process reads is rewritten next
         if self.recorder:
             self.recorder.start(dump_config(self.config), after_step)
         if self.config.logging.report_to:
@@ -294,15 +303,15 @@ class StableOPDTrainer:
         if not found:
             check_nothing_lost(path)
             return None
-        begun_with = self.state.begun_with
-        self.state = load_checkpoint(found[-1], student=self.student, optimizer=self.updater.optimizer)
-        if self.state.begun_with != begun_with:
-            changed = [name for name, digest in begun_with.items() if self.state.begun_with.get(name) != digest]
+        stored, now = read_state(found[-1]).begun_with, self.state.begun_with
+        changed = [name for name, digest in stored.items() if now.get(name) != digest]
+        if changed:
             raise RunFolderError(
                 f"{path} was begun with another {' and another '.join(changed)}, though the configuration names the "
                 "same: the reference and the order of prompts would change in the middle of the run. Put the old one "
                 "back, or choose another output_dir"
             )
+        self.state = load_checkpoint(found[-1], student=self.student, optimizer=self.updater.optimizer)
         self.monitor.load_state_dict(self.state.monitor)
         self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
         return self.state.step

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -331,3 +331,48 @@ def test_a_teacher_with_fewer_embeddings_than_the_tokenizer_has_ids_is_refused(t
             model=qwen(chat_tokenizer, 1), teacher_model=qwen(chat_tokenizer, 2, extra_rows=-5),
             args=arguments(tmp_path), train_dataset=chat_rows(), processing_class=chat_tokenizer,
         )  # fmt: skip
+
+
+def short_sighted(tokenizer, seed: int, positions: int) -> Qwen3ForCausalLM:
+    model = qwen(tokenizer, seed)
+    model.config.max_position_embeddings = positions
+    return model
+
+
+def test_gold_may_be_longer_than_what_the_teacher_reads(tmp_path, chat_tokenizer):
+    """The teacher scores rollouts only."""
+    rows = chat_rows()
+    for row in rows:
+        row["completion"][0]["content"] = "It is " * 20
+    trainer = StableOPDTrainer(
+        model=qwen(chat_tokenizer, 1), teacher_model=short_sighted(chat_tokenizer, 2, 60),
+        args=arguments(tmp_path, max_steps=1), train_dataset=rows, processing_class=chat_tokenizer,
+    )  # fmt: skip
+    assert len(trainer.data.stream.batch(1)[0].gold_ids) > 60
+    assert trainer.train().step == 1
+
+
+def test_an_adapter_folder_can_be_the_teacher(tmp_path, chat_tokenizer):
+    qwen(chat_tokenizer, 2).save_pretrained(tmp_path / "base")
+    chat_tokenizer.save_pretrained(str(tmp_path / "base"))
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    chat_tokenizer.save_pretrained(str(tmp_path / "adapter"))
+    trainer = StableOPDTrainer(
+        model=qwen(chat_tokenizer, 1), teacher_model=str(tmp_path / "adapter"), args=arguments(tmp_path, max_steps=1),
+        train_dataset=chat_rows(), processing_class=chat_tokenizer,
+    )  # fmt: skip
+    assert trainer.train().step == 1
+
+
+def test_adapters_over_a_bfloat16_base_are_trained_in_float32(tmp_path, chat_tokenizer):
+    trainer = StableOPDTrainer(
+        model=qwen(chat_tokenizer, 1).bfloat16(), teacher_model=qwen(chat_tokenizer, 2),
+        args=arguments(tmp_path, max_steps=1, bf16=True), train_dataset=chat_rows(), processing_class=chat_tokenizer,
+        peft_config=LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    assert {p.dtype for p in trainer.student.parameters() if p.requires_grad} == {torch.float32}
+    assert trainer.train().step == 1

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stableopd.checkpoint import checkpoints_in
 from stableopd.config import StableOPDConfig
 from stableopd.errors import ConfigError, RunFolderError
+from stableopd.models import digest_of_weights
 from stableopd.protocols import Callback
 from stableopd.trainer import StableOPDTrainer
 
@@ -178,8 +179,13 @@ def test_other_weights_or_data_under_the_same_names_are_noticed(run_settings, tm
     settings = run_settings(max_steps=2, data={"path": str(data)})
     train(settings, tmp_path / "run")
     data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
-    with pytest.raises(RunFolderError, match="another dataset"):
-        train({**settings, "max_steps": 3}, tmp_path / "run", resume=True)
+    trainer = StableOPDTrainer(
+        args=StableOPDConfig(**{**settings, "output_dir": str(tmp_path / "run"), "max_steps": 3})
+    )
+    for _ in range(2):
+        with pytest.raises(RunFolderError, match="another dataset"):
+            trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.step == 0
 
 
 def test_the_reference_of_a_resumed_run_cannot_be_the_trained_student(run_settings, tmp_path):
@@ -189,6 +195,18 @@ def test_the_reference_of_a_resumed_run_cannot_be_the_trained_student(run_settin
     second = StableOPDTrainer(model=first.student, args=StableOPDConfig(**{**settings, "max_steps": 3}))
     with pytest.raises(RunFolderError, match="another student"):
         second.train(resume_from_checkpoint=True)
+
+
+def test_the_digest_of_weights_is_of_their_bits_and_of_all_of_them():
+    weights = torch.nn.Linear(700, 900)
+    digest = digest_of_weights(weights)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    assert digest_of_weights(weights) == digest
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        weights.bias[17] = torch.nextafter(weights.bias[17], torch.tensor(9.0))
+    assert digest_of_weights(weights) != digest
 
 
 def test_a_refused_resume_leaves_the_folder_free(run_settings, tmp_path):

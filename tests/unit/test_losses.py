@@ -116,6 +116,15 @@ def test_jsd_is_finite_with_a_finite_gradient_whatever_is_forbidden():
     assert losses.jsd(student, teacher, 0.3).item() == pytest.approx(expected, rel=1e-9)
 
 
+def test_jsd_has_a_finite_gradient_where_both_forbid_a_token():
+    student = torch.tensor([[[0.3, -math.inf, 0.1]]], requires_grad=True)
+    teacher = torch.tensor([[[0.5, -math.inf, 0.4]]])
+    value = losses.jsd(student, teacher, 0.3)
+    torch.testing.assert_close(value, losses.jsd(student[..., [0, 2]], teacher[..., [0, 2]], 0.3))
+    value.sum().backward()
+    assert torch.isfinite(student.grad).all()
+
+
 def test_jsd_refuses_a_mixture_that_is_none():
     with pytest.raises(ValueError, match=r"beta is 1\.5"):
         losses.jsd(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), 1.5)

@@ -355,3 +355,11 @@ def test_one_bare_text_is_not_taken_for_many():
 def test_lengths_in_place_of_sequences_are_refused(sequences):
     with pytest.raises(TypeError, match="the sequences themselves"):
         check_sequence_length(sequences, 10)
+
+
+def test_arrays_are_as_good_as_lists():
+    ids = np.arange(8).reshape(2, 4)
+    metrics = measure_rollouts(
+        lengths=np.array([4, 4]), finish_reasons=["stop", "stop"], token_ids=ids, advantages=-ids
+    )
+    assert metrics["health/loop_token_fraction"] == 0.0

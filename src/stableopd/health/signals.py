@@ -378,7 +378,8 @@ def _check_columns(lengths: Sequence[int], **columns: Sequence[Any] | None) -> N
     if any(not float(length).is_integer() or length < 0 for length in lengths):
         raise ValueError(f"lengths are whole numbers of tokens, 0 or more; got {list(lengths)[:5]} ...")
     for name in ("token_ids", "advantages"):
-        for row, (values, length) in enumerate(zip(columns.get(name) or (), lengths, strict=False)):
+        column = columns.get(name)
+        for row, (values, length) in enumerate(zip(() if column is None else column, lengths, strict=False)):
             if len(values) != length:
                 raise ValueError(f"{name} of rollout {row} has {len(values)} entries, but its length is {length}.")
     for name, column in columns.items():
