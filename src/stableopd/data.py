@@ -9,6 +9,7 @@ import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -394,8 +395,8 @@ def _draw(examples: Sequence[Example], step: int, count: int, key: tuple[int, in
     return [examples[order[(position * count + offset) % size]] for offset in range(count)]
 
 
-def _permutation(size: int, key: tuple[int, ...]) -> list[int]:
+@lru_cache(maxsize=4)  # an epoch's order serves all of its steps, of the prompts and of the gold pool
+def _permutation(size: int, key: tuple[int, ...]) -> tuple[int, ...]:
     """Made from raw bits, whose stream NumPy guarantees, so that an upgrade does not reorder a resumed run."""
     bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(size)
-    order: list[int] = np.argsort(bits, kind="stable").tolist()
-    return order
+    return tuple(np.argsort(bits, kind="stable").tolist())
