@@ -14,7 +14,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from stableopd.config import StableOPDConfig
+from stableopd.distributed import share_weights
 from stableopd.errors import ModelError
+from stableopd.heads import HeadlessModel
 from stableopd.judges import get_judge
 from stableopd.models import (
     computing_module,
@@ -30,7 +32,7 @@ from stableopd.models import (
 )
 from stableopd.optimizer import adamw
 from stableopd.preparation import Dataset, RunData, check_model, check_processes, check_trackers, prepare_data
-from stableopd.protocols import Judge, Teacher
+from stableopd.protocols import Judge, RewardFunction, Teacher
 from stableopd.rollout.hf import HFEngine
 from stableopd.scoring import Autocast
 from stableopd.step import Updater
@@ -52,6 +54,9 @@ class RunParts:
     engine: HFEngine
     updater: Updater
     judge: Judge
+    reward: RewardFunction | None
+    special_ids: frozenset[int]
+    """Special tokens that end no answer."""
     digests: dict[str, str]
     """Of the initial student and of the data, so that a resumed run can tell that it is the same."""
 
@@ -79,6 +84,7 @@ def assemble(
     )
     check_processes(accelerator, config)
     judge = get_judge(config.evaluation.judge)
+    reward = get_judge(config.objective.reward.function, "objective.reward.function")
     tokenizer = processing_class or load_tokenizer(config.student, "student")
     student = model if isinstance(model, nn.Module) else load_model(config.student, "student")
     end_ids = end_token_ids(tokenizer, getattr(student, "generation_config", None))
@@ -89,8 +95,10 @@ def assemble(
 
     autocast = _autocast(accelerator, config.optimizer.bf16)
     student = _trainable(student, config, peft_config)
-    digests = {"student": digest_of_weights(student), "dataset": data.digest()}
     student = student.to(accelerator.device)
+    share_weights(student)
+    digests = {"student": digest_of_weights(student), "dataset": data.digest()}
+    local_teacher = _local_teacher(teacher, config, tokenizer, accelerator, autocast)
     engine = HFEngine(
         model=computing_module(student),
         end_token_ids=end_ids,
@@ -104,10 +112,12 @@ def assemble(
         tokenizer=tokenizer,
         data=data,
         student=student,
-        teacher=_local_teacher(teacher, config, tokenizer, accelerator, autocast),
+        teacher=local_teacher,
         engine=engine,
-        updater=_updater(student, config, tokenizer, accelerator, autocast),
+        updater=_updater(student, local_teacher, config, tokenizer, accelerator, autocast),
         judge=judge,
+        reward=reward if config.objective.needs_rewards else None,
+        special_ids=frozenset(tokenizer.all_special_ids) - end_ids,
         digests=digests,
     )
 
@@ -197,23 +207,25 @@ def _local_teacher(
 
 def _updater(
     student: nn.Module,
+    teacher: LocalTeacher | None,
     config: StableOPDConfig,
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
     autocast: Autocast,
 ) -> Updater:
-    module = computing_module(student)
+    headless = HeadlessModel(computing_module(student), vocab_size(tokenizer))
     return Updater(
-        accelerator.prepare_model(module) if accelerator.num_processes > 1 else module,
+        headless,
         adamw(student, config.optimizer),
         config.objective,
         accelerator,
-        vocab_size=vocab_size(tokenizer),
         temperature=config.rollout.temperature,
         max_grad_norm=config.optimizer.max_grad_norm,
         token_budget=config.optimizer.micro_batch_tokens,
+        sequence_length=config.rollout.max_completion_length,
         autocast=autocast,
-        reference=reference_of(student) if config.objective.needs_reference else None,
+        reference=reference_of(student, headless) if config.objective.needs_reference else None,
+        teacher_head=None if teacher is None else teacher.head,
     )
 
 

@@ -12,23 +12,41 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from stableopd.errors import ConfigError
 from stableopd.health.monitor import MonitorSettings
+from stableopd.objective import (
+    DistillConfig,
+    Fraction,
+    GoldConfig,
+    NonNegative,
+    NonNegativeInt,
+    ObjectiveConfig,
+    Positive,
+    PositiveInt,
+    ReferenceConfig,
+    RewardConfig,
+    Section,
+)
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+__all__ = [
+    "DistillConfig",
+    "GoldConfig",
+    "ObjectiveConfig",
+    "ReferenceConfig",
+    "RewardConfig",
+    "StableOPDConfig",
+]
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Method = Literal["sft", "opd", "stableopd"]
+Method = Literal["sft", "opd", "stableopd", "grpo"]
 
 PRESETS: Mapping[str, Mapping[str, float]] = {
     "sft": {"distill": 0.0, "gold": 1.0, "reference": 0.0},
     "opd": {"distill": 1.0, "gold": 0.0, "reference": 0.0},
     "stableopd": {"distill": 1.0, "gold": 1.0, "reference": 0.1},
+    "grpo": {"distill": 0.0, "gold": 0.0, "reference": 0.0, "reward": 1.0},
 }
 """Coefficients that `method` fills in. The paper gives no values; docs/losses.md says what is known of these."""
 
@@ -65,10 +83,6 @@ HINTS: Mapping[str, str] = {
     "use_vllm": "the rollout engine is rollout.engine",
     "trust_remote_code": "code from a model repository is never run",
 }
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -123,47 +137,6 @@ class RolloutConfig(Section):
     top_k: NonNegativeInt = 0
     max_batch_size: PositiveInt = 256
     """Most sequences generated at a time in one process."""
-
-
-class DistillConfig(Section):
-    coef: NonNegative = 1.0
-    divergence: Literal["sampled_reverse_kl"] = "sampled_reverse_kl"
-    epsilon_low: Positive = 0.2
-    epsilon_high: Positive = 0.2
-
-
-class GoldConfig(Section):
-    coef: NonNegative = 0.0
-    """λ_gold of the paper."""
-
-
-class ReferenceConfig(Section):
-    coef: NonNegative = 0.0
-    """β_KL of the paper."""
-    estimator: Literal["exact", "k3"] = "exact"
-    """KL(student ‖ initial student) over the whole vocabulary, or from the sampled token."""
-
-
-class ObjectiveConfig(Section):
-    distill: DistillConfig = DistillConfig()
-    gold: GoldConfig = GoldConfig()
-    reference: ReferenceConfig = ReferenceConfig()
-
-    @property
-    def needs_rollouts(self) -> bool:
-        return self.distill.coef > 0 or self.reference.coef > 0
-
-    @property
-    def needs_teacher(self) -> bool:
-        return self.distill.coef > 0
-
-    @property
-    def needs_gold(self) -> bool:
-        return self.gold.coef > 0
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.reference.coef > 0
 
 
 class OptimizerConfig(Section):
@@ -264,7 +237,7 @@ class LoggingConfig(Section):
 
 
 class StableOPDConfig(Section):
-    """One run: loss = distill + gold + reference, each with its coefficient, on rollouts of the student.
+    """One run: loss = distill + reward + gold + reference, each with its coefficient, on rollouts of the student.
 
     `method` fills the coefficients of `objective`; each can be set by itself.
     """

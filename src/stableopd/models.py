@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from stableopd.config import LoraSettings, ModelConfig
 from stableopd.errors import ConfigError, MissingDependencyError, ModelError
-from stableopd.scoring import evaluating
+from stableopd.heads import Head, HeadlessModel
+from stableopd.scoring import StatesModel, evaluating
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
@@ -101,17 +102,20 @@ def computing_module(model: nn.Module) -> nn.Module:
     return model.get_base_model() if is_adapted(model) else model  # type: ignore[operator, return-value]
 
 
-class AdaptersOff(nn.Module):
+class AdaptersOff:
     """The student as it was before its adapters: a reference that costs no memory."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._model = [model]  # not a submodule: it is trained elsewhere
+    def __init__(self, adapted: nn.Module, headless: HeadlessModel) -> None:
+        self._adapted, self._headless = adapted, headless
 
-    def forward(self, **inputs: Any) -> Any:
-        model = self._model[0]
-        with evaluating(model), model.disable_adapter():  # type: ignore[operator]
-            return computing_module(model)(**inputs)
+    @property
+    def head(self) -> Head:
+        return self._headless.head
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        with evaluating(self._adapted), self._adapted.disable_adapter():  # type: ignore[operator]
+            states: Tensor = self._headless(input_ids)
+            return states
 
 
 @torch.no_grad()
@@ -124,9 +128,14 @@ def digest_of_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def reference_of(student: nn.Module) -> nn.Module:
-    """The student as it is now, for good: its adapters switched off where it has any, else a frozen copy."""
-    return AdaptersOff(student) if is_adapted(student) else frozen_copy(student)
+def reference_of(student: nn.Module, headless: HeadlessModel) -> StatesModel:
+    """The student as it is now, for good: its adapters switched off where it has any, else a frozen copy.
+
+    Args: `headless` is the student's own backbone and head.
+    """
+    if is_adapted(student):
+        return AdaptersOff(student, headless)
+    return HeadlessModel(frozen_copy(student), headless.vocab_size)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Judge = Callable[[str, str], bool]
 """(completion text, reference answer) -> is the completion right?"""
 
+RewardFunction = Callable[[str, str], float]
+"""(completion text, reference answer) -> what the completion is worth. A judge is one: right is 1, wrong is 0."""
+
 
 @runtime_checkable
 class RolloutEngine(Protocol):
@@ -38,8 +41,12 @@ class RolloutEngine(Protocol):
 class Teacher(Protocol):
     """Scores tokens that the student has generated."""
 
-    def score(self, rollouts: RolloutBatch, *, temperature: float) -> TokenScores:
-        """Log-probability of every completion token under softmax(logits / temperature)."""
+    def score(self, rollouts: RolloutBatch, *, temperature: float, topk: int = 0, states: bool = False) -> TokenScores:
+        """Log-probability of every completion token under softmax(logits / temperature).
+
+        With `topk`, the likeliest tokens at each position as well. With `states`, hidden states in place of all that:
+        the whole distribution, for losses over the vocabulary; a teacher that cannot give them raises ConfigError.
+        """
         ...
 
 

@@ -1,16 +1,18 @@
-"""Teacher-forced passes: the logits and log-probabilities that a model gives to completions."""
+"""Teacher-forced passes: the hidden states and log-probabilities that a model gives to completions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from stableopd.losses import token_logprobs
-from stableopd.tokens import budget_batches, position_ids
+from stableopd.fused import Projected, fused_loss
+from stableopd.heads import Head
+from stableopd.tokens import budget_batches
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -28,53 +30,102 @@ class Sequences(Protocol):
     def completion_mask(self) -> Tensor: ...
 
 
-def completion_logits(model: nn.Module, sequences: Sequences, vocab_size: int) -> Tensor:
-    """Logits [B, T, V] that predict each completion token, cut to the first `vocab_size` ids.
+class StatesModel(Protocol):
+    """A model that gives hidden states, and the head that turns them into logits (see `stableopd.heads`)."""
 
-    Ids from `vocab_size` on are padding of the embedding: no tokenizer ever produces them, so they get
-    no probability, in the student as in the teacher.
+    @property
+    def head(self) -> Head: ...
+
+    def __call__(self, input_ids: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """A model's figures for every completion token, in the order of the rows; 0 where masked."""
+
+    logprobs: Tensor
+    """[B, T] nats, float32."""
+    entropy: Tensor | None = None
+    """[B, T] nats."""
+    topk_ids: Tensor | None = None
+    """[B, T, K] int64."""
+    topk_logprobs: Tensor | None = None
+    """[B, T, K] nats."""
+
+
+def completion_states(model: StatesModel, sequences: Sequences) -> Tensor:
+    """Hidden states [n, H] that predict the completion tokens: row after row, without padding.
+
+    Each prompt is moved up to its completion and padding is on the right alone. Causal attention then needs no mask:
+    no real token comes after padding, and the kernels are the fastest there are.
     """
-    width = sequences.completion_ids.shape[1]
-    mask = torch.cat([sequences.prompt_mask, sequences.completion_mask], dim=1)
-    output = model(
-        input_ids=torch.cat([sequences.prompt_ids, sequences.completion_ids], dim=1),
-        attention_mask=mask.long(),
-        position_ids=position_ids(mask),
-        logits_to_keep=width + 1,
-        use_cache=False,
-    )
-    logits: Tensor = output.logits[:, :-1, :vocab_size]
-    return logits
+    prompts, completions = sequences.prompt_mask.sum(dim=1), sequences.completion_mask.sum(dim=1)
+    ids = torch.cat([sequences.prompt_ids, sequences.completion_ids], dim=1)
+    width = int((prompts + completions).max()) - 1  # the last token predicts nothing
+    start = sequences.prompt_ids.shape[1] - prompts
+    columns = (start[:, None] + torch.arange(width, device=ids.device)).clamp(max=ids.shape[1] - 1)
+    rows, tokens = sequences.completion_mask.nonzero(as_tuple=True)
+    states = model(input_ids=ids.gather(1, columns))
+    return states[rows, prompts[rows] + tokens - 1]
 
 
 @torch.no_grad()
-def completion_logprobs(
-    model: nn.Module,
+def completion_scores(
+    model: StatesModel,
     sequences: Sequences,
     *,
-    vocab_size: int,
     temperature: float,
     token_budget: int,
     autocast: Autocast,
-) -> Tensor:
-    """Log-probability [B, T] (nats, float32, 0 where masked) of every completion token.
+    entropy: bool = False,
+    topk: int = 0,
+) -> Scores:
+    """Log-probability of every completion token under softmax(logits / temperature), and what else is asked for.
 
     Rows are scored in batches of like length under `token_budget`; the result is in the rows' own order.
     """
-    scores = torch.zeros(sequences.completion_ids.shape, dtype=torch.float32, device=sequences.completion_ids.device)
+    shape, device = sequences.completion_ids.shape, sequences.completion_ids.device
+    k = min(topk, model.head.vocab_size)
+    logprobs = torch.zeros(shape, device=device)
+    entropies = torch.zeros(shape, device=device) if entropy else None
+    ids = torch.zeros((*shape, k), dtype=torch.int64, device=device) if topk else None
+    top = torch.zeros((*shape, k), device=device) if topk else None
     with evaluating(model), autocast():
         for rows, part in trimmed_batches(sequences, token_budget):
-            logits = completion_logits(model, part, vocab_size)
-            logprobs = token_logprobs(logits, part.completion_ids, temperature)
-            scores[rows, : logprobs.shape[1]] = logprobs.masked_fill(~part.completion_mask, 0.0).float()
-    return scores
+            projected = Projected(states=completion_states(model, part), head=model.head)
+            tokens = part.completion_ids[part.completion_mask]
+            found = fused_loss(projected, tokens, (), temperature=temperature, entropy=entropy, topk=topk)
+            row, column = part.completion_mask.nonzero(as_tuple=True)
+            place = rows[row], column
+            logprobs[place] = found.logprobs.float()
+            if entropies is not None and found.entropy is not None:
+                entropies[place] = found.entropy.float()
+            if ids is not None and top is not None and found.topk is not None:
+                ids[place], top[place] = found.topk[0], found.topk[1].float()
+    return Scores(logprobs=logprobs, entropy=entropies, topk_ids=ids, topk_logprobs=top)
+
+
+@torch.no_grad()
+def all_completion_states(
+    model: StatesModel, sequences: Sequences, *, token_budget: int, autocast: Autocast
+) -> tuple[Tensor, ...]:
+    """Hidden states of the completion tokens of each row: one array [length, H] a row, in the rows' own order."""
+    lengths = sequences.completion_mask.sum(dim=1).tolist()
+    by_row: dict[int, Tensor] = {}
+    with evaluating(model), autocast():
+        for rows, part in trimmed_batches(sequences, token_budget):
+            chosen = rows.tolist()
+            pieces = completion_states(model, part).split([lengths[row] for row in chosen])
+            by_row.update(zip(chosen, pieces, strict=True))
+    return tuple(by_row[row] for row in range(len(lengths)))
 
 
 def trimmed_batches(sequences: Sequences, token_budget: int) -> Iterator[tuple[Tensor, Trimmed]]:
     """(row numbers, those rows without common padding) in batches under a token budget."""
     prompts = sequences.prompt_mask.sum(dim=1).tolist()
     completions = sequences.completion_mask.sum(dim=1).tolist()
-    for batch in budget_batches(prompts, completions, token_budget):
+    lengths = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    for batch in budget_batches(lengths, token_budget):
         rows = torch.tensor(batch, device=sequences.completion_ids.device)
         yield rows, Trimmed(sequences, rows, max(prompts[r] for r in batch), max(completions[r] for r in batch))
 
@@ -91,12 +142,13 @@ class Trimmed:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Every submodule in evaluation mode for a while, then each back in its own.
 
     Evaluation mode means no dropout, and no gradient checkpointing, which would switch off the key-value cache.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    modules: list[nn.Module] = list(model.modules())
+    modes = [(module, module.training) for module in modules]
     model.eval()
     try:
         yield

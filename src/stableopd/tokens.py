@@ -36,22 +36,17 @@ def _tensor(rows: list[list[Any]], dtype: torch.dtype, width: int, device: Any) 
     return torch.tensor(rows, dtype=dtype, device=device).reshape(len(rows), width)
 
 
-def budget_batches(prompt_lengths: Sequence[int], completion_lengths: Sequence[int], budget: int) -> list[list[int]]:
+def budget_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Row numbers cut into batches of like length, longest first, each at most `budget` tokens with padding.
 
-    A batch of n rows costs n · (longest prompt + longest completion). A row that is longer than the
-    budget by itself gets a batch of its own. Every row is in exactly one batch.
+    A batch of n rows costs n · (longest row). A row that is longer than the budget by itself gets a batch of its
+    own. Every row is in exactly one batch.
     """
-    order = sorted(range(len(prompt_lengths)), key=lambda row: (-(prompt_lengths[row] + completion_lengths[row]), row))
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     batches: list[list[int]] = []
-    prompt_width = completion_width = 0
     for row in order:
-        wider_prompt = max(prompt_width, prompt_lengths[row])
-        wider_completion = max(completion_width, completion_lengths[row])
-        if batches and (len(batches[-1]) + 1) * (wider_prompt + wider_completion) <= budget:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
             batches[-1].append(row)
-            prompt_width, completion_width = wider_prompt, wider_completion
         else:
             batches.append([row])
-            prompt_width, completion_width = prompt_lengths[row], completion_lengths[row]
     return batches

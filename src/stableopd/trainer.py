@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from stableopd.advantages import RolloutSignals, rollout_signals
 from stableopd.assembly import assemble, with_names
 from stableopd.checkpoint import (
     checkpoints_in,
@@ -26,17 +28,18 @@ from stableopd.checkpoint import (
 from stableopd.config import StableOPDConfig
 from stableopd.config_files import check_resumable, dump_config, flatten
 from stableopd.errors import ConfigError, RunFolderError
-from stableopd.evaluate import Completion, decode, evaluate
+from stableopd.evaluate import decode, evaluate
 from stableopd.health.monitor import HealthMonitor
-from stableopd.health.signals import is_repetitive
 from stableopd.metrics import Stopwatch, TrackerSink, mean_of
 from stableopd.models import computing_module
+from stableopd.observation import StepBatch, all_advantages, gather_views
 from stableopd.optimizer import learning_rate_at
 from stableopd.preparation import Dataset
 from stableopd.protocols import Callback, MetricSink
 from stableopd.recorder import RunRecorder, check_nothing_lost
-from stableopd.step import TrainingRows, concat_rows, gold_rows, minibatches, rollout_rows
-from stableopd.types import Alert, Example, HealthReport, RolloutBatch, Sampling, TokenScores, TrainState
+from stableopd.rewards import reward_figures, score_completions
+from stableopd.rows import TrainingRows, concat_rows, gold_rows, minibatches, rollout_rows
+from stableopd.types import Alert, HealthReport, Sampling, TrainState
 from stableopd.vocabulary import pad_token_id
 
 _TRAIN_STREAM, _EVAL_STREAM, _MINIBATCH_STREAM = 1, 2, 3
@@ -81,6 +84,8 @@ class StableOPDTrainer:
         self.engine = parts.engine
         self.updater = parts.updater
         self.judge = parts.judge
+        self.reward = parts.reward
+        self.special_ids = parts.special_ids
         self.monitor = HealthMonitor(self.config.health.monitor_settings())
         self.state = TrainState(begun_with=parts.digests)
         self.recorder: RunRecorder | None = None
@@ -116,22 +121,22 @@ class StableOPDTrainer:
         """One rollout batch: generate, score, look, update, log, evaluate, save."""
         torch.manual_seed(_seed(self.config.seed, _TRAIN_STREAM, step))
         clock = Stopwatch()
-        positions, examples = self._my_prompts(step)
+        batch = self._my_prompts(step)
         metrics: dict[str, float] = {}
         alerts: tuple[Alert, ...] = ()
-        rollouts = scores = None
         if self.config.objective.needs_rollouts:
             with self._phase(clock, step, "rollout"):
-                rollouts = self.engine.generate(examples, self._sampling(), step=step)
+                batch.rollouts = self.engine.generate(batch.examples, self._sampling(), step=step)
             with self._phase(clock, step, "teacher"):
-                scores = self._score(rollouts)
+                self._score(batch)
             with self._phase(clock, step, "health"):
-                health = self._observe(step, positions, examples, rollouts, scores)
+                health = self._observe(batch)
                 metrics.update(health.metrics)
                 alerts += health.alerts
         with self._phase(clock, step, "update"):
-            metrics.update(self._update(step, positions, examples, rollouts, scores))
+            metrics.update(self._update(batch))
             self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
+        metrics.update(self._hindsight(batch))
         metrics.update(clock.metrics())
         if self.data.held_out and self._due(step, self.config.evaluation.every_steps):
             self._each_callback("on_phase", step, "evaluation")
@@ -185,11 +190,11 @@ class StableOPDTrainer:
         with clock.phase(name):
             yield
 
-    def _my_prompts(self, step: int) -> tuple[list[int], list[Example]]:
-        """This process's share of the step's prompts, with their positions among all of them."""
-        batch = self.data.stream.batch(step)
-        positions = list(range(self.accelerator.process_index, len(batch), self.accelerator.num_processes))
-        return positions, [batch[position] for position in positions]
+    def _my_prompts(self, step: int) -> StepBatch:
+        """This process's share of the step's prompts."""
+        prompts = self.data.stream.batch(step)
+        positions = list(range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes))
+        return StepBatch(step=step, positions=positions, examples=[prompts[position] for position in positions])
 
     def _sampling(self) -> Sampling:
         rollout = self.config.rollout
@@ -202,77 +207,110 @@ class StableOPDTrainer:
             seed=_seed(self.config.seed, _TRAIN_STREAM),
         )
 
-    def _score(self, rollouts: RolloutBatch) -> TokenScores | None:
-        if self.teacher is None:
-            return None
-        return self.teacher.score(rollouts, temperature=self.config.rollout.temperature)
-
-    def _observe(
-        self,
-        step: int,
-        positions: list[int],
-        examples: list[Example],
-        rollouts: RolloutBatch,
-        scores: TokenScores | None,
-    ) -> HealthReport:
-        """Health of the step's rollouts of all processes; some of them are written to the run folder."""
-        completions = decode(rollouts, examples, self.tokenizer)
-        advantages = [None] * len(completions) if scores is None else _advantages(rollouts, scores)
-        mine = [
-            (positions[index], completion, row)
-            for index, completion, row in zip(rollouts.prompt_index, completions, advantages, strict=True)
-        ]
-        records = sorted(gather_object(mine), key=lambda record: record[0])
-        everyone = [completion for _, completion, _ in records]
-        report = self.monitor.observe(
-            step,
-            lengths=[completion.num_tokens for completion in everyone],
-            finish_reasons=[completion.finish_reason for completion in everyone],
-            texts=[completion.text for completion in everyone],
-            token_ids=[completion.token_ids for completion in everyone],
-            advantages=None if scores is None else [row for _, _, row in records],
+    def _score(self, batch: StepBatch) -> None:
+        if self.teacher is None or batch.rollouts is None:
+            return
+        distill = self.config.objective.distill
+        batch.scores = self.teacher.score(
+            batch.rollouts,
+            temperature=self.config.rollout.temperature,
+            topk=distill.topk if distill.needs_topk else 0,
+            states=distill.needs_states,
         )
-        if self._due(step, self.config.logging.rollouts_every_steps) or step == 1:
-            self._write_rollouts(step, [(completion, row) for _, completion, row in records])
-        return report
+        batch.teacher_logprobs = batch.scores.sampled_logprobs
 
-    def _update(
-        self,
-        step: int,
-        positions: list[int],
-        examples: list[Example],
-        rollouts: RolloutBatch | None,
-        scores: TokenScores | None,
-    ) -> dict[str, float]:
+    def _observe(self, batch: StepBatch) -> HealthReport:
+        """Texts and rewards of the step's rollouts, and the health of all processes' rollouts together."""
+        assert batch.rollouts is not None
+        batch.completions = decode(batch.rollouts, batch.examples, self.tokenizer)
+        figures: dict[str, float] = {}
+        if self.reward is not None:
+            batch.rewards, failures = score_completions(batch.completions, self.reward)
+            figures = reward_figures(gather_object(batch.rewards), sum(gather_object([failures])))
+        views = gather_views(batch)
+        report = self.monitor.observe(
+            batch.step,
+            lengths=[view.completion.num_tokens for view in views],
+            finish_reasons=[view.completion.finish_reason for view in views],
+            texts=[view.completion.text for view in views],
+            token_ids=[view.completion.token_ids for view in views],
+            advantages=all_advantages(views),
+            accuracy=figures.get("reward/right_fraction"),
+        )
+        return replace(report, metrics={**report.metrics, **figures})
+
+    def _update(self, batch: StepBatch) -> dict[str, float]:
         """All optimizer updates of a step; returns their mean figures."""
         pad_id = pad_token_id(self.tokenizer)
         parts: list[TrainingRows] = []
-        if rollouts is not None:
-            parts.append(rollout_rows(rollouts, scores, positions))
+        metrics: dict[str, float] = {}
+        if batch.rollouts is not None:
+            signals, metrics = self._signals(batch)
+            parts.append(rollout_rows(batch.rollouts, batch.scores, signals, batch.positions))
+            if batch.scores is not None and batch.teacher_logprobs is None:
+                batch.teacher_logprobs = torch.zeros_like(batch.rollouts.sampling_logprobs)  # filled by the updates
         if self.config.objective.needs_gold:
-            gold = self.data.gold(step, self.data.stream.batch(step))
-            parts.append(gold_rows([gold[p] for p in positions], positions, pad_id, self.accelerator.device))
+            gold = self.data.gold(batch.step, self.data.stream.batch(batch.step))
+            mine = [gold[position] for position in batch.positions]
+            parts.append(gold_rows(mine, batch.positions, pad_id, self.accelerator.device))
         rows = concat_rows(parts, pad_id)
-        rate = learning_rate_at(step, self.config.optimizer, self.config.max_steps)
+        rate = learning_rate_at(batch.step, self.config.optimizer, self.config.max_steps)
         figures = []
-        key = [self.config.seed, _MINIBATCH_STREAM, step]
+        key = [self.config.seed, _MINIBATCH_STREAM, batch.step]
         for minibatch in minibatches(rows, self.config.rollout.num_prompts, self.config.optimizer, key):
-            figures.append(self.updater.update(minibatch, rate))
+            figures.append(self.updater.update(minibatch, rate, batch.teacher_logprobs))
             self.state.policy_version += int(not figures[-1]["skipped_updates"])
-        metrics = mean_of(figures)
-        if rollouts is not None:
+        if batch.rollouts is not None and "sampling/logprob_gap" in figures[0]:
             # Later updates of a step see a policy that has moved on; the engine's own error shows in the first.
-            metrics["sampling/logprob_gap"] = figures[0]["sampling/logprob_gap"]
-            metrics["num_new_tokens"] = float(sum(gather_object(rollouts.lengths())))
-            if scores is not None:
-                metrics["teacher/reverse_kl"] = self._mean_reverse_kl(rollouts, scores)
-        return {**metrics, "learning_rate": rate}
+            metrics.setdefault("sampling/logprob_gap", figures[0]["sampling/logprob_gap"])
+        return {**mean_of(figures), **metrics, "learning_rate": rate}
 
-    def _mean_reverse_kl(self, rollouts: RolloutBatch, scores: TokenScores) -> float:
-        """Mean of log S − log T over the rollout tokens of all processes."""
-        gap = ((rollouts.sampling_logprobs - scores.sampled_logprobs) * rollouts.completion_mask).sum().double()
-        sums = self.accelerator.reduce(torch.stack([gap, rollouts.completion_mask.sum().double()]), reduction="sum")
-        return float(sums[0] / sums[1])
+    def _signals(self, batch: StepBatch) -> tuple[RolloutSignals, dict[str, float]]:
+        """Advantages and token weights of the rollouts; the gap to the engine where it is corrected."""
+        assert batch.rollouts is not None
+        objective, rollouts = self.config.objective, batch.rollouts
+        scores = self.updater.score(rollouts, entropy=True) if objective.needs_student_scores else None
+        signals = rollout_signals(
+            rollouts,
+            batch.scores,
+            objective,
+            rewards=None if batch.rewards is None else torch.tensor(batch.rewards, device=self.accelerator.device),
+            student_scores=scores,
+            special_ids=self.special_ids,
+            gather=lambda array: [part.to(array.device) for part in gather_object([array.cpu()])],
+            rank=self.accelerator.process_index,
+        )
+        if scores is None:
+            return signals, {}
+        gap = (scores.logprobs - rollouts.sampling_logprobs).abs()
+        return signals, {"sampling/logprob_gap": self._token_mean(gap, rollouts.completion_mask)}
+
+    def _hindsight(self, batch: StepBatch) -> dict[str, float]:
+        """What is known of a step's rollouts after its update; some of them are written to the run folder."""
+        if batch.rollouts is None:
+            return {}
+        metrics = {"num_new_tokens": float(sum(gather_object(batch.rollouts.lengths())))}
+        if batch.teacher_logprobs is not None:
+            gap = batch.rollouts.sampling_logprobs - batch.teacher_logprobs
+            metrics["teacher/reverse_kl"] = self._token_mean(gap, batch.rollouts.completion_mask)
+        late = batch.scores is not None and batch.scores.sampled_logprobs is None
+        due = self._due(batch.step, self.config.logging.rollouts_every_steps) or batch.step == 1
+        if late or due:
+            views = gather_views(batch)
+            if late:
+                metrics |= self.monitor.advantage_figures(
+                    [view.completion.token_ids for view in views], all_advantages(views) or []
+                )
+            if due and self.recorder and self.config.logging.num_rollouts:
+                shown = views[: self.config.logging.num_rollouts]
+                self.recorder.rollouts(batch.step, [view.to_json(batch.step, self.config.health) for view in shown])
+        return metrics
+
+    def _token_mean(self, values: torch.Tensor, mask: torch.Tensor) -> float:
+        """Mean of [B, T] values over the unmasked tokens of all processes."""
+        local = torch.stack([(values * mask).sum().double(), mask.sum().double()])
+        total = self.accelerator.reduce(local, reduction="sum")
+        return float(total[0] / total[1])
 
     def _advance(self, step: int, metrics: dict[str, float]) -> None:
         self.state.step = step
@@ -323,28 +361,6 @@ class StableOPDTrainer:
             self.recorder.close()
         self._sinks, self.recorder = [], None
 
-    def _write_rollouts(self, step: int, records: list[tuple[Completion, np.ndarray | None]]) -> None:
-        if self.recorder is None or not self.config.logging.num_rollouts:
-            return
-        health = self.config.health
-        self.recorder.rollouts(
-            step,
-            [
-                {
-                    "step": step,
-                    "index": completion.example.index,
-                    "prompt": completion.example.prompt,
-                    "completion": completion.text,
-                    "finish_reason": completion.finish_reason,
-                    "num_tokens": completion.num_tokens,
-                    "repetitive": is_repetitive(completion.text, health.tail_chars, health.compression_threshold),
-                    "answer": completion.example.answer,
-                    "mean_advantage": None if row is None else float(row.mean()),
-                }
-                for completion, row in records[: self.config.logging.num_rollouts]
-            ],
-        )
-
     def _log(self, step: int, metrics: dict[str, float], alerts: tuple[Alert, ...]) -> None:
         if self.recorder:
             self.recorder.metrics(step, metrics)
@@ -384,12 +400,6 @@ class StableOPDTrainer:
     def _each_callback(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self, *arguments)
-
-
-def _advantages(rollouts: RolloutBatch, scores: TokenScores) -> list[np.ndarray]:
-    """log T − log S of each completion token, without padding."""
-    gap = (scores.sampled_logprobs - rollouts.sampling_logprobs).float().cpu().numpy()
-    return [row[:length] for row, length in zip(gap, rollouts.lengths(), strict=True)]
 
 
 def _seed(*key: int) -> int:

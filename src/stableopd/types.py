@@ -93,32 +93,16 @@ class RolloutBatch:
 class TokenScores:
     """A model's opinion of the tokens of a `RolloutBatch`, at the temperature they were drawn with."""
 
-    sampled_logprobs: Tensor
-    """[B, T] float32, nats; 0 where masked."""
+    sampled_logprobs: Tensor | None
+    """[B, T] float32, nats; 0 where masked. None where the whole distribution is given as `states` instead."""
     temperature: float
     model_id: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossPart:
-    """One term of the objective on one micro-batch: coef · Σ(token_loss · weight) / denominator."""
-
-    token_loss: Tensor
-    """[B, T], unreduced, differentiable."""
-    weight: Tensor
-    """[B, T], 0 where the term does not apply."""
-    denominator: float
-    """Total weight over all micro-batches and processes of the optimizer step, fixed beforehand."""
-    coef: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossTerms:
-    """All active terms of the objective on one micro-batch, with detached figures for the log."""
-
-    parts: Mapping[str, LossPart]
-    figures: Mapping[str, Tensor] = field(default_factory=dict)
-    """Detached [B, T] arrays (entropy, ratio, gap, ...), averaged over rollout tokens in the log."""
+    topk_ids: Tensor | None = None
+    """[B, T, K] int64: the likeliest tokens at each position."""
+    topk_logprobs: Tensor | None = None
+    """[B, T, K] float32, nats."""
+    states: tuple[Tensor, ...] | None = None
+    """Per row its hidden states [length, H]: with the model's head, the whole distribution at each position."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

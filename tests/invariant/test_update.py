@@ -8,17 +8,21 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from stableopd.advantages import rollout_signals
 from stableopd.config import ObjectiveConfig, OptimizerConfig
+from stableopd.heads import HeadlessModel
 from stableopd.losses import clipped_policy_loss, reverse_kl, token_logprobs
 from stableopd.models import frozen_copy
 from stableopd.rollout.hf import HFEngine
-from stableopd.scoring import completion_logits, completion_logprobs
-from stableopd.step import Updater, concat_rows, gold_rows, minibatches, rollout_rows
+from stableopd.rows import concat_rows, gold_rows, minibatches, rollout_rows
+from stableopd.scoring import all_completion_states, completion_scores
+from stableopd.step import Updater
 from stableopd.toy.models import build_model
 from stableopd.types import Example, Sampling, TokenScores
 
 PAD, EOS, VOCAB = 16, 15, 17
 TEMPERATURE = 0.8
+OBJECTIVE = ObjectiveConfig(distill={"coef": 0.7}, gold={"coef": 1.3}, reference={"coef": 0.4})
 
 
 def model(tokenizer, seed, width=16):
@@ -39,16 +43,17 @@ def rows(tokenizer):
     engine = HFEngine(model=student, end_token_ids={EOS}, pad_token_id=PAD, vocab_size=VOCAB)
     sampling = Sampling(max_new_tokens=9, temperature=TEMPERATURE, num_generations=2, seed=1)
     rollouts = engine.generate(examples, sampling, step=1)
-    scores = completion_logprobs(
-        teacher, rollouts, vocab_size=VOCAB, temperature=TEMPERATURE, token_budget=64, autocast=torch.no_grad
+    headless = HeadlessModel(teacher, VOCAB)
+    found = completion_scores(
+        headless, rollouts, temperature=TEMPERATURE, token_budget=64, autocast=torch.no_grad, topk=5
     )
-    scored = rollout_rows(
-        rollouts, TokenScores(sampled_logprobs=scores, temperature=TEMPERATURE, model_id=""), range(5)
-    )
+    scores = TokenScores(
+        sampled_logprobs=found.logprobs, temperature=TEMPERATURE, model_id="", topk_ids=found.topk_ids,
+        topk_logprobs=found.topk_logprobs,
+        states=all_completion_states(headless, rollouts, token_budget=64, autocast=torch.no_grad),
+    )  # fmt: skip
+    scored = rollout_rows(rollouts, scores, rollout_signals(rollouts, scores, OBJECTIVE), range(5))
     return concat_rows([scored, gold_rows(examples, range(5), PAD)], PAD)
-
-
-OBJECTIVE = ObjectiveConfig(distill={"coef": 0.7}, gold={"coef": 1.3}, reference={"coef": 0.4})
 
 
 def update(tokenizer, rows, *, objective=OBJECTIVE, token_budget=10_000, max_grad_norm=1e9, seed=1):
@@ -63,10 +68,27 @@ def update(tokenizer, rows, *, objective=OBJECTIVE, token_budget=10_000, max_gra
             return super().step(closure)
 
     updater = Updater(
-        student, Recording(student.parameters(), lr=0.0), objective, Accelerator(cpu=True), vocab_size=VOCAB,
-        temperature=TEMPERATURE, max_grad_norm=max_grad_norm, token_budget=token_budget, reference=reference,
+        HeadlessModel(student, VOCAB), Recording(student.parameters(), lr=0.0), objective, Accelerator(cpu=True),
+        temperature=TEMPERATURE, max_grad_norm=max_grad_norm, token_budget=token_budget, sequence_length=7,
+        reference=HeadlessModel(reference, VOCAB), teacher_head=HeadlessModel(model(tokenizer, 2), VOCAB).head,
     )  # fmt: skip
     return updater.update(rows, 0.0), grads
+
+
+WEIGHTS = ("distill_weight", "reward_weight", "reference_weight", "gold_weight")
+
+
+def assert_trained_alike(left, right):
+    """Losses and gradients; figures such as the entropy are about all tokens of the rollouts, whatever they weigh."""
+    keep = [{name: value for name, value in figures.items() if "loss" in name} for figures, _ in (left, right)]
+    assert_same((keep[0], left[1]), (keep[1], right[1]))
+
+
+def naive_logits(module, one):
+    """Logits [1, T, V] in float64 of a single row, its prompt and completion in one unpadded sequence."""
+    ids = torch.cat([one.prompt_ids[one.prompt_mask], one.completion_ids[one.completion_mask]])
+    start = int(one.prompt_mask.sum())
+    return module(input_ids=ids[None]).logits[:, start - 1 : -1, :VOCAB].double()
 
 
 def assert_same(left, right, tolerance=2e-5):
@@ -111,20 +133,21 @@ def test_what_stands_in_the_padding_changes_nothing(tokenizer, rows):
 
 def test_a_row_without_weight_counts_as_if_it_were_not_there(tokenizer, rows):
     keep = [row for row in range(len(rows)) if row not in (2, 12)]
-    weights = {name: getattr(rows, name).clone() for name in ("rollout_weight", "gold_weight")}
+    weights = {name: getattr(rows, name).clone() for name in WEIGHTS}
     for weight in weights.values():
         weight[2] = weight[12] = 0
-    assert_same(update(tokenizer, replace(rows, **weights)), update(tokenizer, rows.select(keep)))
+    assert_trained_alike(update(tokenizer, replace(rows, **weights)), update(tokenizer, rows.select(keep)))
 
 
 def test_masking_the_end_of_a_rollout_is_the_same_as_cutting_it_off(tokenizer, rows):
     width = 4
-    masked_weight = rows.rollout_weight.clone()
-    masked_weight[:10, width:] = 0
+    masked = {name: getattr(rows, name).clone() for name in ("distill_weight", "reference_weight")}
+    for weight in masked.values():
+        weight[:10, width:] = 0
     mask = rows.completion_mask.clone()
     mask[:10, width:] = False
-    cut = replace(rows, completion_mask=mask, rollout_weight=masked_weight)
-    assert_same(update(tokenizer, replace(rows, rollout_weight=masked_weight)), update(tokenizer, cut))
+    cut = replace(rows, completion_mask=mask, **masked)
+    assert_trained_alike(update(tokenizer, replace(rows, **masked)), update(tokenizer, cut))
 
 
 def test_the_loss_is_the_weighted_sum_of_terms_over_their_own_token_counts(tokenizer, rows):
@@ -134,9 +157,8 @@ def test_the_loss_is_the_weighted_sum_of_terms_over_their_own_token_counts(token
     counts = {"rollout": 0.0, "gold": 0.0}
     for row in range(len(rows)):
         one = rows.select([row])
-        logits = completion_logits(student, one, VOCAB).double()
-        ref_logits = completion_logits(reference, one, VOCAB).double()
-        if one.rollout_weight.any():
+        logits, ref_logits = naive_logits(student, one), naive_logits(reference, one)
+        if one.rollout_mask.any():
             logprobs = token_logprobs(logits, one.completion_ids, TEMPERATURE)
             advantages = one.teacher_logprobs - one.old_logprobs
             sums["distill"] += clipped_policy_loss(logprobs, one.old_logprobs.double(), advantages).sum()
@@ -186,7 +208,8 @@ def test_the_sampled_reference_term_agrees_with_the_exact_one_on_average(tokeniz
     engine = HFEngine(model=student, end_token_ids={EOS}, pad_token_id=PAD, vocab_size=VOCAB, max_batch_size=2000)
     example = Example(index=0, prompt="", prompt_ids=(1, 2, 3))
     sampling = Sampling(max_new_tokens=2, temperature=TEMPERATURE, num_generations=2000)
-    many = rollout_rows(engine.generate([example], sampling, step=0), None, [0])
+    rollouts = engine.generate([example], sampling, step=0)
+    many = rollout_rows(rollouts, None, rollout_signals(rollouts, None, OBJECTIVE), [0])
     value = {}
     for estimator in ("exact", "k3"):
         objective = ObjectiveConfig(distill={"coef": 0.0}, reference={"coef": 1.0, "estimator": estimator})
@@ -201,21 +224,24 @@ def test_an_update_with_an_infinite_gradient_is_skipped_and_said(tokenizer, rows
     weight[12, 0] = float("inf")
     poisoned = replace(rows, gold_weight=weight)
     updater = Updater(
-        student, torch.optim.SGD(student.parameters(), lr=1.0), ObjectiveConfig(gold={"coef": 1.0}),
-        Accelerator(cpu=True), vocab_size=VOCAB, temperature=1.0, max_grad_norm=1.0, token_budget=1000,
+        HeadlessModel(student, VOCAB), torch.optim.SGD(student.parameters(), lr=1.0),
+        ObjectiveConfig(gold={"coef": 1.0}), Accelerator(cpu=True), temperature=1.0, max_grad_norm=1.0,
+        token_budget=1000,
     )  # fmt: skip
     assert updater.update(poisoned, 1.0)["skipped_updates"] == 1.0
     assert all(torch.equal(before[name], p) for name, p in student.named_parameters())
 
 
 def test_an_update_in_which_nothing_counts_is_skipped(tokenizer, rows):
-    nothing = rows.without_weight()
+    nothing = replace(rows, **{name: torch.zeros_like(getattr(rows, name)) for name in WEIGHTS})
     assert update(tokenizer, nothing) == ({"skipped_updates": 1.0}, {})
+    assert update(tokenizer, rows.select([])) == ({"skipped_updates": 1.0}, {})
 
 
-def test_large_vocabularies_are_taken_in_pieces_with_the_same_result(tokenizer, rows, monkeypatch):
+def test_large_vocabularies_are_taken_in_chunks_with_the_same_result(tokenizer, rows, monkeypatch):
     whole = update(tokenizer, rows)
-    monkeypatch.setattr("stableopd.step._PIECE_ELEMENTS", 2 * VOCAB * len(rows))
+    monkeypatch.setattr("stableopd.fused._CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("stableopd.fused._MIN_ROWS", 3)
     assert_same(update(tokenizer, rows), whole)
 
 
@@ -245,8 +271,7 @@ def test_minibatches_deal_out_whole_prompts_each_once_an_epoch(rows):
     assert dealt[0].group != dealt[2].group or dealt[1].group != dealt[3].group
 
 
-def test_a_process_without_a_prompt_in_a_minibatch_brings_a_row_that_counts_nothing(rows):
+def test_a_process_without_a_prompt_in_a_minibatch_brings_no_rows(rows):
     only_first = rows.select([row for row, prompt in enumerate(rows.group) if prompt == 0])
     dealt = minibatches(only_first, 5, OptimizerConfig(num_minibatches=5), key=[1])
-    weights = [float(part.rollout_weight.sum() + part.gold_weight.sum()) for part in dealt]
-    assert sorted(weight > 0 for weight in weights) == [False] * 4 + [True]
+    assert sorted(len(part) for part in dealt) == [0, 0, 0, 0, 3]

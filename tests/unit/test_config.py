@@ -68,7 +68,7 @@ def test_an_unknown_key_names_the_nearest_known_one_and_its_line(write):
         ("learning_rate: fast", r"line 1: optimizer.learning_rate: .*number.*'fast'"),
         ("seed: 1\nlambda_gold: -1", r"line 2: objective.gold.coef: .*greater than or equal to 0"),
         ("optimizer: {learning_rate: .nan}", r"optimizer.learning_rate"),
-        ("method: ppo", r"line 1: method: .*'sft', 'opd' or 'stableopd'"),
+        ("method: ppo", r"line 1: method: .*'sft', 'opd', 'stableopd' or 'grpo'"),
         ("rollout: 5", r"line 1: rollout"),
         ("max_steps: 10\noptimizer: {warmup_steps: 10}", r"warmup_steps \(10\) leaves none of max_steps"),
         ("method: opd\nobjective: {distill: {coef: 0}}", r"nothing to train on"),

@@ -13,8 +13,12 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "stableopd"
 
 LAYERS = (
     {"errors", "types"},
-    {"losses", "tokens", "reading", "vocabulary", "health.signals"},
-    {"protocols", "health", "health.rules", "health.monitor", "health.verdict", "scoring"},
+    {"tokens", "reading", "vocabulary", "health.signals", "objective", "distributed"}
+    | {"losses", "losses._numerics", "losses.divergences", "losses.supports", "losses.policy", "losses.shaping"}
+    | {"losses.rewards", "losses.reduction"},
+    {"heads"},
+    {"fused"},
+    {"protocols", "health", "health.rules", "health.monitor", "health.verdict", "scoring", "advantages"},
     {"config", "runfolder"},
     {
         "config_files",
@@ -29,7 +33,9 @@ LAYERS = (
         "teachers",
         "teachers.local",
     },
-    {"metrics", "recorder", "checkpoint", "step", "evaluate", "preparation", "console"}
+    {"rows"},
+    {"terms"},
+    {"metrics", "recorder", "checkpoint", "step", "evaluate", "preparation", "console", "rewards", "observation"}
     | {"plots", "report", "report.charts", "report.samples", "report.settings", "report.text"},
     {"assembly"},
     {"trainer"},

@@ -183,6 +183,21 @@ class HealthMonitor:
         )
         return HealthReport(step=step, metrics=metrics, alerts=self.judge(step, metrics))
 
+    def advantage_figures(self, token_ids: Sequence[ArrayLike], advantages: Sequence[ArrayLike]) -> dict[str, float]:
+        """The figures of `observe` that need advantages, for those that become known after it; no alerts.
+
+        Args: one [T] array per rollout each.
+        """
+        settings = self.settings
+        return signals.advantage_figures(
+            token_ids,
+            advantages,
+            max_period=settings.loop_max_period,
+            min_repeats=settings.loop_min_repeats,
+            min_loop_tokens=settings.loop_min_tokens,
+            ngram=settings.ngram,
+        )
+
     def observe_eval(self, step: int, metrics: Mapping[str, float]) -> tuple[Alert, ...]:
         """Alerts from held-out figures (`eval/NAME/accuracy`, `eval/NAME_greedy/truncation_rate`, ...).
 

@@ -287,11 +287,30 @@ def measure_rollouts(
     if texts is not None:
         metrics["health/repetition_rate"] = repetition_rate(texts, tail_chars, compression_threshold)
     if token_ids is not None:
-        loops = [loop_mask(ids, max_period, min_repeats, min_loop_tokens) for ids in token_ids]
-        repeats = [repeated_token_mask(ids, ngram) for ids in token_ids]
-        metrics |= _class_figures(loops, advantages, "loop", "other")
-        metrics |= _class_figures(repeats, advantages, "repeated", "fresh")
+        metrics |= advantage_figures(
+            token_ids,
+            advantages,
+            max_period=max_period,
+            min_repeats=min_repeats,
+            min_loop_tokens=min_loop_tokens,
+            ngram=ngram,
+        )
     return metrics
+
+
+def advantage_figures(
+    token_ids: Sequence[ArrayLike],
+    advantages: Sequence[ArrayLike] | None,
+    *,
+    max_period: int = MAX_PERIOD,
+    min_repeats: int = MIN_REPEATS,
+    min_loop_tokens: int = MIN_LOOP_TOKENS,
+    ngram: int = NGRAM,
+) -> dict[str, float]:
+    """The part of `measure_rollouts` that is about tokens: their shares by class, and who gets the advantage."""
+    loops = [loop_mask(ids, max_period, min_repeats, min_loop_tokens) for ids in token_ids]
+    repeats = [repeated_token_mask(ids, ngram) for ids in token_ids]
+    return _class_figures(loops, advantages, "loop", "other") | _class_figures(repeats, advantages, "repeated", "fresh")
 
 
 # ------------------------------------------------------------------------------------ helpers

@@ -156,7 +156,7 @@ class HFEngine:
         outputs = self.model(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **{"cache" if "cache" in self._accepted else "past_key_values": cache},
             use_cache=True,
             **{name: value for name, value in optional.items() if name in self._accepted},
         )

@@ -19,8 +19,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from stableopd.config import DistillConfig, GoldConfig, ObjectiveConfig
+from stableopd.heads import HeadlessModel
 from stableopd.rollout.hf import HFEngine
-from stableopd.step import TrainingRows, Updater, gold_rows
+from stableopd.rows import TrainingRows, gold_rows
+from stableopd.step import Updater
 from stableopd.toy.models import build_student, build_teacher
 from stableopd.toy.task import (
     ALPHABET,
@@ -145,11 +147,10 @@ def toy_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_batch_s
 def _updater(model: nn.Module, learning_rate: float) -> Updater:
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     return Updater(
-        model,
+        HeadlessModel(model, len(ALPHABET)),
         optimizer,
         _SFT,
         Accelerator(cpu=True),
-        vocab_size=len(ALPHABET),
         temperature=1.0,
         max_grad_norm=1.0,
         token_budget=MICRO_BATCH_TOKENS,

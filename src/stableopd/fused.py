@@ -1,0 +1,554 @@
+"""The losses from hidden states, the vocabulary never materialised for more than one chunk of tokens.
+
+A chunk of tokens is projected by the student's head once, and by the teacher's and the reference's where a term
+needs them; every active term and its gradient come out of that one pass, and the gradient is formed at once, so
+nothing of size [tokens, vocabulary] is kept for a backward pass. What is kept is the gradient of the summed loss with
+respect to the states [n, H] and the head.
+
+With s the student's distribution and u = ∂loss/∂log s, the gradient with respect to the student's (tempered) logits
+is u − s Σ_v u(v). Terms of a few entries (the sampled token, a top-k set) get their u from autograd through the pure
+losses; divergences over the whole vocabulary have it in closed form:
+
+    KL(S ‖ T)        s ∘ (δ − E_s δ),                 δ = log s − log t
+    KL(T ‖ S)        s − t
+    JSD_β            (1 − β) s ∘ (μ − E_s μ),         μ = log s − log(β t + (1 − β) s)
+
+Equal to the unfused losses of `stableopd.losses` to rounding; sums are in float32 (float64 for float64 states).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stableopd.heads import Head, LinearHead
+from stableopd.losses import SupportKind, candidate_set, support_divergence
+
+Divergence = Literal["reverse_kl", "forward_kl", "jsd", "mixed_kl"]
+Tail = Literal["renormalise", "bucket"]
+
+_CHUNK_ELEMENTS = 2**23
+"""Logits of a chunk: 32 MiB in float32, about what a processor's cache holds."""
+_MIN_ROWS = 256
+"""Fewer tokens a chunk would make the projection inefficient."""
+_LEAST_LOGIT = -1e30
+"""In place of −inf where a model forbids a token by itself: 0 · −inf would be no number."""
+_TILE_ROWS = 16_384
+"""Rows of the head's gradient that are summed at a time where the arithmetic is not float32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Projected:
+    """Hidden states of n tokens and the head that turns them into logits."""
+
+    states: Tensor
+    """[n, H]."""
+    head: Head
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampledTerm:
+    """A loss of the sampled token's log-probability."""
+
+    name: str
+    weight: Tensor
+    """[n]: what each token's loss is multiplied by in the sum; 0 leaves it out."""
+    loss: Callable[[Tensor, slice, Tensor | None], Tensor]
+    """(log-probabilities [c], which tokens, those of `other` [c]) -> per-token losses [c], differentiable."""
+    other: str = ""
+    """Name of the model whose log-probabilities the loss compares with, if any."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DivergenceTerm:
+    """A divergence from another model's distribution over the whole vocabulary."""
+
+    name: str
+    weight: Tensor
+    """[n]."""
+    other: str
+    """Name of the other model in `others`."""
+    divergence: Divergence
+    beta: float = 0.5
+    """`jsd`: the other's share of the mixture."""
+    forward_weight: float = 0.5
+    """`mixed_kl`: weight of KL(other ‖ student)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SupportTerm:
+    """A divergence on a few candidates: the other model's, the student's, or a combination of both top-k sets."""
+
+    name: str
+    weight: Tensor
+    """[n]."""
+    divergence: Divergence
+    tail: Tail = "renormalise"
+    beta: float = 0.5
+    forward_weight: float = 0.5
+    ids: Tensor | None = None
+    """[n, K] int64 candidates that are known beforehand (a teacher's top-k), with their log-probabilities; else
+    they are found in each chunk from `other`, `kind` and `k`."""
+    logprobs: Tensor | None = None
+    """[n, K] nats."""
+    other: str = ""
+    kind: SupportKind = "teacher_topk"
+    k: int = 0
+
+
+Term = SampledTerm | DivergenceTerm | SupportTerm
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FusedOutput:
+    """What one pass over n tokens gives. Everything but `loss` is detached."""
+
+    loss: Tensor
+    """Scalar: Σ_terms Σ_tokens weight · loss; differentiable in the student's states and head."""
+    values: Mapping[str, Tensor]
+    """Per term, its loss [n] of each token, in nats; 0 where its weight is 0."""
+    logprobs: Tensor
+    """[n] log-probability of each token under the student."""
+    entropy: Tensor | None
+    """[n] entropy of the student."""
+    topk: tuple[Tensor, Tensor] | None
+    """[n, k] ids of the student's likeliest tokens and their log-probabilities."""
+    other_logprobs: Mapping[str, Tensor]
+    """Per other model, log-probability [n] of each token."""
+
+
+def fused_loss(
+    student: Projected,
+    token_ids: Tensor,
+    terms: Sequence[Term],
+    *,
+    others: Mapping[str, Projected] | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    topk: int = 0,
+    chunk_rows: int | None = None,
+) -> FusedOutput:
+    """All terms of the loss of n tokens, and its gradient, in one pass over chunks of tokens.
+
+    Args:
+        student: states [n, H] and head; the gradient reaches both.
+        token_ids: [n] int64, the tokens whose log-probabilities the sampled terms see; below the vocabulary's size.
+        terms: what to sum. Gradients of divergences reach the student alone.
+        others: the teacher, the reference: states [n, H'] (any width), a head over the same vocabulary.
+        temperature: > 0; all distributions are softmax(logits / temperature).
+        entropy: whether to return the student's entropy.
+        topk: how many of the student's likeliest tokens to return at each position.
+        chunk_rows: tokens of a chunk; changes memory and rounding only.
+
+    Raises: ValueError when temperature is not positive, or vocabularies differ.
+    Numerics: the matrix products run in the dtype of the states (under autocast, in autocast's); logits, losses and
+        sums are float32, float64 for float64 states. Peak memory beyond the results: a few [chunk, V] arrays.
+    """
+    others = dict(others or {})
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; log-probabilities need a temperature above 0")
+    for name, other in others.items():
+        if other.head.vocab_size != student.head.vocab_size:
+            raise ValueError(
+                f"the student's head is cut to {student.head.vocab_size} ids and that of {name} to "
+                f"{other.head.vocab_size}; cut both to the common vocabulary"
+            )
+    wanted = _wants_gradient(student) and bool(terms)
+    with torch.no_grad():
+        run = _Pass(student, token_ids, terms, others, temperature, entropy, topk, wanted, chunk_rows)
+        run.run()
+    loss = run.loss
+    if wanted:
+        loss = _WithGradient.apply(loss, run.gradients, student.states, *student.head.parameters())
+    return FusedOutput(
+        loss=loss,
+        values=run.values,
+        logprobs=run.logprobs,
+        entropy=run.entropy,
+        topk=run.topk,
+        other_logprobs=run.other_logprobs,
+    )
+
+
+def _wants_gradient(student: Projected) -> bool:
+    inputs = (student.states, *student.head.parameters())
+    return torch.is_grad_enabled() and any(array.requires_grad for array in inputs)
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss whose gradient is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("a fused loss can be differentiated once; compute it again for a second backward pass")
+        gradients, ctx.gradients = ctx.gradients, None
+        if bool(grad != 1):
+            gradients = [None if array is None else array.mul_(grad) for array in gradients]
+        return (None, None, *gradients)
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """One chunk of tokens: the student's distribution and the gradient that gathers on it. All [c, V] or [c]."""
+
+    rows: slice
+    log_s: Tensor
+    s: Tensor
+    lse: Tensor
+    """[c, 1] log of the normaliser: log_s + lse are the tempered logits."""
+    tilt: Tensor | None = None
+    """[c, V] U: adds s ∘ (U − E_s U) to the gradient."""
+    share: Tensor | None = None
+    """[c, 1] r: adds s · r."""
+    other: Tensor | None = None
+    """[c, V] what is added as it stands."""
+    sparse: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """(ids [c, K], values [c, K]) added at those ids."""
+
+    def add_share(self, amount: Tensor) -> None:
+        self.share = amount if self.share is None else self.share + amount
+
+    def add_sparse(self, ids: Tensor, u: Tensor) -> None:
+        self.sparse.append((ids, u))
+        self.add_share(-u.sum(dim=-1, keepdim=True))
+
+    def gradient(self) -> Tensor:
+        """[c, V] with respect to the tempered logits; overwrites `s` and `tilt`."""
+        if self.tilt is not None:
+            centre = torch.linalg.vecdot(self.s, self.tilt).unsqueeze(-1)
+            shift = -centre if self.share is None else self.share - centre
+            total = self.tilt.add_(shift).mul_(self.s)
+        elif self.share is not None:
+            total = self.s.mul_(self.share)
+        else:
+            total = self.s.zero_()
+        if self.other is not None:
+            total.add_(self.other)
+        for ids, values in self.sparse:
+            total.scatter_add_(-1, ids, values)
+        return total
+
+
+class _Pass:
+    """One fused pass: its buffers, which all chunks share, and its results."""
+
+    def __init__(
+        self,
+        student: Projected,
+        token_ids: Tensor,
+        terms: Sequence[Term],
+        others: Mapping[str, Projected],
+        temperature: float,
+        entropy: bool,
+        topk: int,
+        with_gradient: bool,
+        chunk_rows: int | None,
+    ) -> None:
+        states = student.states
+        self.student, self.token_ids, self.terms, self.others = student, token_ids, terms, others
+        self.temperature, self.with_gradient = temperature, with_gradient
+        self.num_tokens, self.vocab_size = states.shape[0], student.head.vocab_size
+        self.rows = max(1, min(self.num_tokens, chunk_rows or max(_MIN_ROWS, _CHUNK_ELEMENTS // self.vocab_size)))
+        self.dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
+        self.device = states.device
+        self._buffers: dict[str, Tensor] = {}
+        self.loss = torch.zeros((), dtype=self.dtype, device=self.device)
+        self.logprobs = self._per_token()
+        self.entropy = self._per_token() if entropy else None
+        self.topk = self._topk_arrays(min(topk, self.vocab_size)) if topk else None
+        self.values = {term.name: self._per_token() for term in terms}
+        self.other_logprobs = {name: self._per_token() for name in others}
+        self._heads = {"": _Projector(student, self), **{n: _Projector(other, self) for n, other in others.items()}}
+        self._backward = _HeadGradient(self._heads[""], self) if with_gradient else None
+
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        assert self._backward is not None
+        return self._backward.results()
+
+    def run(self) -> None:
+        for start in range(0, self.num_tokens, self.rows):
+            chunk = self._student_chunk(slice(start, min(start + self.rows, self.num_tokens)))
+            for term in self.terms:
+                if isinstance(term, SampledTerm) and not term.other:
+                    self._sampled(chunk, term, None)
+            for number, name in enumerate(self.others):
+                self._compare(chunk, name, final=number == len(self.others) - 1)
+            for term in self.terms:
+                if isinstance(term, SupportTerm) and term.ids is not None:
+                    self._support(chunk, term, None)
+            if self._backward is not None:
+                self._backward.add(chunk)
+
+    def buffer(self, name: str, num_rows: int, dtype: torch.dtype | None = None) -> Tensor:
+        """[num_rows, V], the same memory for every chunk."""
+        if name not in self._buffers:
+            shape = (self.rows, self.vocab_size)
+            self._buffers[name] = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        return self._buffers[name][:num_rows]
+
+    def _per_token(self) -> Tensor:
+        return torch.zeros(self.num_tokens, dtype=self.dtype, device=self.device)
+
+    def _topk_arrays(self, k: int) -> tuple[Tensor, Tensor]:
+        shape = (self.num_tokens, k)
+        ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        return ids, torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def _student_chunk(self, rows: slice) -> _Chunk:
+        log_s = self._heads[""].tempered_logits(rows, "student")
+        s, lse = self._normalise(log_s, "s")
+        chunk = _Chunk(rows=rows, log_s=log_s, s=s, lse=lse)
+        self.logprobs[rows] = _at(log_s, self.token_ids[rows])
+        if self.entropy is not None:
+            self.entropy[rows] = -_expectation(s, log_s)
+        if self.topk is not None:
+            top = log_s.topk(self.topk[0].shape[-1], dim=-1)
+            self.topk[0][rows], self.topk[1][rows] = top.indices, top.values
+        return chunk
+
+    def _normalise(self, logits: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """(probabilities, log normaliser); the logits become log-probabilities in place."""
+        top = logits.amax(dim=-1, keepdim=True)
+        p = torch.sub(logits, top, out=self.buffer(name, len(logits))).exp_()
+        total = p.sum(dim=-1, keepdim=True)
+        lse = total.log() + top
+        logits.sub_(lse)
+        p.div_(total)
+        return p, lse
+
+    def _sampled(self, chunk: _Chunk, term: SampledTerm, others: Tensor | None) -> None:
+        logprobs, weight = self.logprobs[chunk.rows], term.weight[chunk.rows]
+        value, u = self._differentiate(lambda x: term.loss(x, chunk.rows, others), logprobs, weight)
+        self._record(term, chunk.rows, value, weight)
+        if u is not None:
+            chunk.add_sparse(self.token_ids[chunk.rows].unsqueeze(-1), u.unsqueeze(-1))
+
+    def _compare(self, chunk: _Chunk, name: str, *, final: bool) -> None:
+        """Every term that needs the other model `name`, from one projection of it; `final`: no other comes after."""
+        log_t = self._heads[name].tempered_logits(chunk.rows, "other")
+        t, _ = self._normalise(log_t, "t")
+        at_token = self.other_logprobs[name][chunk.rows] = _at(log_t, self.token_ids[chunk.rows])
+        for term in self.terms:
+            if isinstance(term, SampledTerm) and term.other == name:
+                self._sampled(chunk, term, at_token)
+            if isinstance(term, SupportTerm) and term.ids is None and term.other == name:
+                self._support(chunk, term, log_t)
+        dense = [term for term in self.terms if isinstance(term, DivergenceTerm) and term.other == name]
+        for number, term in enumerate(dense, start=1):
+            last = number == len(dense)
+            self._divergence(chunk, term, log_t, t, last=last, final=final and last)
+
+    def _support(self, chunk: _Chunk, term: SupportTerm, log_t: Tensor | None) -> None:
+        weight = term.weight[chunk.rows]
+        if log_t is None:
+            assert term.ids is not None
+            assert term.logprobs is not None
+            ids, known = term.ids[chunk.rows], term.logprobs[chunk.rows].to(self.dtype)
+            member = torch.ones_like(ids, dtype=torch.bool)
+        else:
+            ids, member = candidate_set(chunk.log_s, log_t, term.k, term.kind)
+            known = log_t.gather(-1, ids)
+        value, u = self._differentiate(
+            lambda x: support_divergence(x, known, member, term.divergence, term.tail, term.beta, term.forward_weight),
+            chunk.log_s.gather(-1, ids),
+            weight,
+        )
+        self._record(term, chunk.rows, value, weight)
+        if u is not None:
+            chunk.add_sparse(ids, u)
+
+    def _divergence(
+        self, chunk: _Chunk, term: DivergenceTerm, log_t: Tensor, t: Tensor, *, last: bool, final: bool
+    ) -> None:
+        """Value and gradient of a divergence over the vocabulary.
+
+        The last one of another model may spoil its log-probabilities; the final one of all may keep the buffers.
+        """
+        weight = term.weight[chunk.rows].to(self.dtype).unsqueeze(-1)
+        work = log_t if last else self.buffer("work", len(log_t)).copy_(log_t)
+        forward = {"forward_kl": 1.0, "mixed_kl": term.forward_weight}.get(term.divergence, 0.0)
+        if term.divergence == "jsd":
+            value = self._jsd(chunk, term.beta, weight, work, t)
+        else:
+            delta = torch.sub(chunk.log_s, work, out=work)
+            value = torch.zeros_like(self.logprobs[chunk.rows])
+            if forward:
+                value = value - forward * _expectation(t, delta)
+                self._pull(chunk, t, forward * weight, keep=final)
+            if forward < 1:
+                value = value + (1 - forward) * _expectation(chunk.s, delta)
+                self._tilt(chunk, delta, (1 - forward) * weight, keep=final)
+        self._record(term, chunk.rows, value, term.weight[chunk.rows])
+
+    def _jsd(self, chunk: _Chunk, beta: float, weight: Tensor, log_t: Tensor, t: Tensor) -> Tensor:
+        """β KL(T ‖ M) + (1 − β) KL(S ‖ M), M = β T + (1 − β) S; `log_t` is overwritten."""
+        if beta in (0.0, 1.0):
+            return torch.zeros_like(self.logprobs[chunk.rows])
+        log_m = self.buffer("mixture", len(log_t))
+        torch.logaddexp(log_t + math.log(beta), chunk.log_s + math.log1p(-beta), out=log_m)
+        value = beta * _expectation(t, log_t.sub_(log_m))
+        gap = torch.sub(chunk.log_s, log_m, out=log_m)
+        value = value + (1 - beta) * _expectation(chunk.s, gap)
+        self._tilt(chunk, gap, (1 - beta) * weight, keep=False)
+        return value
+
+    def _tilt(self, chunk: _Chunk, delta: Tensor, weight: Tensor, *, keep: bool) -> None:
+        """Adds weight · s ∘ (δ − E_s δ) to the gradient; `keep`: nobody else needs the array δ."""
+        if not self.with_gradient:
+            return
+        if chunk.tilt is None:
+            chunk.tilt = torch.mul(delta, weight, out=delta if keep else self.buffer("tilt", len(delta)))
+        else:
+            chunk.tilt.addcmul_(delta, weight)
+
+    def _pull(self, chunk: _Chunk, t: Tensor, weight: Tensor, *, keep: bool) -> None:
+        """Adds weight · (s − t) to the gradient; `keep`: nobody else needs the array t."""
+        if not self.with_gradient:
+            return
+        chunk.add_share(weight)
+        if chunk.other is None:
+            chunk.other = torch.mul(t, -weight, out=t if keep else self.buffer("pull", len(t)))
+        else:
+            chunk.other.addcmul_(t, -weight)
+
+    def _differentiate(
+        self, loss: Callable[[Tensor], Tensor], logprobs: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """(losses [c], ∂(Σ weight · loss)/∂logprobs), by autograd on a few entries per token."""
+        if not self.with_gradient:
+            return loss(logprobs), None
+        with torch.enable_grad():
+            leaf = logprobs.detach().requires_grad_()
+            value = loss(leaf)
+            kept = torch.where(weight != 0, value, torch.zeros_like(value))
+            (u,) = torch.autograd.grad((kept * weight).sum(), leaf)
+        return value.detach(), u
+
+    def _record(self, term: Term, rows: slice, value: Tensor, weight: Tensor) -> None:
+        value = torch.where(weight != 0, value, torch.zeros_like(value))
+        self.values[term.name][rows] = value
+        self.loss += (value * weight).sum()
+
+
+class _Projector:
+    """Logits of one model, chunk by chunk."""
+
+    def __init__(self, projected: Projected, owner: _Pass) -> None:
+        self.states, self.head, self._owner = projected.states, projected.head, owner
+        self.dtype = _arithmetic_dtype(self.states)
+        self.weight = None
+        if isinstance(self.head, LinearHead):
+            self.weight = self.head.weight[: self.head.vocab_size].detach().to(self.dtype)
+
+    def tempered_logits(self, rows: slice, name: str) -> Tensor:
+        """[c, V] in float32 (float64), in a buffer of that name."""
+        owner, head, states = self._owner, self.head, self.states[rows].detach()
+        logits = owner.buffer(name, len(states))
+        if self.weight is None:
+            logits.copy_(head.logits(states)).clamp_(min=_LEAST_LOGIT)
+        elif self.dtype == owner.dtype:
+            torch.mm(states.to(self.dtype), self.weight.T, out=logits)
+        else:
+            narrow = owner.buffer(f"narrow {self.dtype}", len(states), self.dtype)
+            logits.copy_(torch.mm(states.to(self.dtype), self.weight.T, out=narrow))
+        if isinstance(head, LinearHead):
+            if head.bias is not None:
+                logits.add_(head.bias[: head.vocab_size].detach())
+            if head.scale != 1.0:
+                logits.mul_(head.scale)
+            if head.softcap is not None:
+                logits.div_(head.softcap).tanh_().mul_(head.softcap)
+        if owner.temperature != 1.0:
+            logits.div_(owner.temperature)
+        return logits
+
+
+class _HeadGradient:
+    """Gradients of the student's states and head, summed over chunks."""
+
+    def __init__(self, projector: _Projector, owner: _Pass) -> None:
+        self._projector, self._owner, head = projector, owner, projector.head
+        self._states = torch.zeros_like(projector.states) if projector.states.requires_grad else None
+        self._weight = self._bias = None
+        if isinstance(head, LinearHead):
+            if head.weight.requires_grad:
+                self._weight = torch.zeros(head.weight.shape, dtype=owner.dtype, device=owner.device)
+            if head.bias is not None and head.bias.requires_grad:
+                self._bias = torch.zeros(head.bias.shape, dtype=owner.dtype, device=owner.device)
+
+    def add(self, chunk: _Chunk) -> None:
+        owner, head, projector = self._owner, self._projector.head, self._projector
+        grad = chunk.gradient()
+        if isinstance(head, LinearHead):
+            self._through_softcap(grad, chunk, head)
+        if owner.temperature != 1.0:
+            grad.div_(owner.temperature)
+        if projector.weight is None:
+            if self._states is not None:
+                self._states[chunk.rows, : owner.vocab_size] = grad.to(self._states.dtype)
+            return
+        assert isinstance(head, LinearHead)
+        if self._bias is not None:
+            self._bias[: head.vocab_size] += grad.sum(dim=0)
+        narrow = grad
+        if projector.dtype != owner.dtype:
+            narrow = owner.buffer(f"narrow {projector.dtype}", len(grad), projector.dtype).copy_(grad)
+        if self._states is not None:
+            self._states[chunk.rows] = torch.mm(narrow, projector.weight).to(self._states.dtype)
+        if self._weight is not None:
+            self._add_outer(narrow, projector.states[chunk.rows].detach().to(projector.dtype))
+
+    def results(self) -> list[Tensor | None]:
+        """In the order of states and `head.parameters()`, in their dtypes."""
+        head = self._projector.head
+        if not isinstance(head, LinearHead):
+            return [self._states]
+        weight = None if self._weight is None else self._weight.to(head.weight.dtype)
+        if head.bias is None:
+            return [self._states, weight]
+        return [self._states, weight, None if self._bias is None else self._bias.to(head.bias.dtype)]
+
+    def _through_softcap(self, grad: Tensor, chunk: _Chunk, head: LinearHead) -> None:
+        if head.softcap is not None:
+            capped = chunk.log_s.add_(chunk.lse).mul_(self._owner.temperature / head.softcap)
+            grad.mul_(1.0 - capped.square_())
+        if head.scale != 1.0:
+            grad.mul_(head.scale)
+
+    def _add_outer(self, grad: Tensor, states: Tensor) -> None:
+        """Adds gradᵀ states to the head's gradient, in float32 whatever the arithmetic."""
+        assert self._weight is not None
+        if grad.dtype == self._weight.dtype:
+            self._weight[: grad.shape[1]].addmm_(grad.T, states)
+            return
+        for start in range(0, grad.shape[1], _TILE_ROWS):
+            tile = grad[:, start : start + _TILE_ROWS]
+            self._weight[start : start + tile.shape[1]] += torch.mm(tile.T, states)
+
+
+def _arithmetic_dtype(states: Tensor) -> torch.dtype:
+    device = states.device.type
+    if torch.is_autocast_enabled(device) and states.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return states.dtype
+
+
+def _at(log_p: Tensor, token_ids: Tensor) -> Tensor:
+    return log_p.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+
+
+def _expectation(p: Tensor, values: Tensor) -> Tensor:
+    return torch.linalg.vecdot(p, values)

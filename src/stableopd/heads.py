@@ -1,0 +1,136 @@
+"""From a model's last hidden states to its logits: the projection that the fused losses take apart.
+
+Most causal language models end in one linear map over the vocabulary, perhaps scaled and soft-capped. Where that
+is so, and a probe has shown it, losses are computed from hidden states and no [tokens, vocabulary] array outlives a
+chunk. Any other model is asked for its logits, and those take the place of hidden states under an `IdentityHead`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearHead:
+    """logits = softcap · tanh(scale · (h Wᵀ + bias) / softcap), cut to the ids that a tokenizer knows.
+
+    Ids from `vocab_size` on are padding of the embedding: no tokenizer produces them, so they get no
+    probability, in the student as in the teacher, and no gradient.
+    """
+
+    weight: Tensor
+    """[rows, H]; a tied head is the embedding itself."""
+    vocab_size: int
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[n, H] -> [n, vocab_size], by plain operations that autograd follows."""
+        bias = None if self.bias is None else self.bias[: self.vocab_size]
+        logits = nn.functional.linear(states, self.weight[: self.vocab_size], bias) * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IdentityHead:
+    """The "hidden states" are the logits [n, V] already: for models whose head is not a linear map."""
+
+    vocab_size: int
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def logits(self, states: Tensor) -> Tensor:
+        return states[..., : self.vocab_size]
+
+
+Head = LinearHead | IdentityHead
+
+
+class HeadlessModel(nn.Module):
+    """A causal language model seen as a backbone that gives states [B, L, H] and a head over the vocabulary.
+
+    The head is looked up anew at every use, so that moving or casting the model is no matter. Parameters are
+    those of the model itself.
+    """
+
+    def __init__(self, model: nn.Module, vocab_size: int) -> None:
+        super().__init__()
+        self.model = model
+        self.vocab_size = vocab_size
+        self._linear = _has_linear_head(model, vocab_size)
+
+    @property
+    def head(self) -> Head:
+        head = _linear_head(self.model, self.vocab_size) if self._linear else None
+        return head or IdentityHead(vocab_size=self.vocab_size)
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        """States [B, L, H] that `head` turns into the logits of the next token at each position."""
+        if self._linear:
+            states: Tensor = _backbone(self.model)(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+            return states
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False, **inputs).logits
+        return logits
+
+
+def _backbone(model: Any) -> Any:
+    return model.base_model
+
+
+def _linear_head(model: Any, vocab_size: int) -> LinearHead | None:
+    """The head as its module and the model's configuration describe it; None where it is no plain linear map."""
+    layer = model.get_output_embeddings()
+    if type(layer) is not nn.Linear:  # also a head with adapters, whose weight alone is not the whole map
+        return None
+    config = model.config.get_text_config()
+    scale = _first(config, "logit_scale", "output_multiplier", "lm_head_multiplier")
+    divisor = _first(config, "logits_scaling")
+    if scale is None and divisor is not None:
+        scale = divisor if config.model_type == "hyperclovax" else 1.0 / divisor
+    return LinearHead(
+        weight=layer.weight,
+        bias=layer.bias,
+        vocab_size=vocab_size,
+        scale=1.0 if scale is None else float(scale),
+        softcap=_first(config, "final_logit_softcapping"),
+    )
+
+
+def _first(config: Any, *names: str) -> float | None:
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+@torch.no_grad()
+def _has_linear_head(model: Any, vocab_size: int) -> bool:
+    """Whether backbone and linear head together give the model's own logits, tried on a few tokens."""
+    head = _linear_head(model, vocab_size)
+    if head is None or _backbone(model) is model:
+        return False
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        ids = torch.arange(_PROBE_TOKENS, device=head.weight.device).remainder(vocab_size)[None]
+        output = _backbone(model)(input_ids=ids, use_cache=False)
+        states = getattr(output, "last_hidden_state", None)
+        if states is None or states.shape[-1] != head.weight.shape[1]:
+            return False
+        expected = model(input_ids=ids, use_cache=False).logits[..., :vocab_size].float()
+        found = head.logits(states).float()
+        tolerance = 1e-3 if states.dtype in (torch.float32, torch.float64) else 3e-2
+        return found.shape == expected.shape and torch.allclose(
+            found, expected, rtol=tolerance, atol=tolerance * max(1.0, float(expected.abs().max()))
+        )
+    finally:
+        for module, was_training in training:
+            module.training = was_training
