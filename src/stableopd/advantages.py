@@ -90,7 +90,7 @@ def rollout_signals(
 def _distill_advantages(
     old_logprobs: Tensor, scores: TokenScores | None, mask: Tensor, objective: ObjectiveConfig, rewards: Tensor
 ) -> Tensor:
-    """log T − log S_old, then clamp, logarithm, discount, reward, weight of the prefix: in this order."""
+    """log T − log S_old, then clamp, logarithm, discount, weight of the prefix, reward: in this order."""
     if scores is None or scores.sampled_logprobs is None or not objective.distill.is_policy_gradient:
         return torch.zeros_like(old_logprobs)
     settings = objective.distill.advantage
@@ -101,10 +101,10 @@ def _distill_advantages(
         advantages = compress_advantages(advantages)
     if settings.gamma > 0:
         advantages = discounted_advantages(advantages, mask, settings.gamma)
-    if objective.needs_rewards and objective.reward.add_to_advantage:
-        advantages = advantages + objective.reward.coef / objective.distill.coef * rewards
     if settings.prefix_gamma > 0:
         advantages = advantages * prefix_weights(advantages, mask, settings.prefix_gamma)
+    if objective.needs_rewards and objective.reward.add_to_advantage:
+        advantages = advantages + objective.reward.coef / objective.distill.coef * rewards
     return advantages
 
 

@@ -8,6 +8,7 @@ state to keep.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -55,8 +56,16 @@ def save_checkpoint(
     return path
 
 
-def save_model(student: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Weights (safetensors), configuration and tokenizer, as transformers writes them."""
+def save_model(
+    student: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path, *, merge_adapters: bool = False
+) -> None:
+    """Weights (safetensors), configuration and tokenizer, as transformers writes them.
+
+    A student with adapters is written as its adapters; with `merge_adapters` as a whole model, from a copy, since
+    merging and parting again would round the weights.
+    """
+    if merge_adapters and is_adapted(student):
+        student = copy.deepcopy(student).merge_and_unload()  # type: ignore[operator]
     student.save_pretrained(path)  # type: ignore[operator]
     tokenizer.save_pretrained(str(path))
 

@@ -101,6 +101,8 @@ class LoraSettings(Section):
     alpha: PositiveInt = 32
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
+    merge: bool = False
+    """When the run ends, also write the student with its adapters merged in, as `merged/` in the run folder."""
 
 
 class StudentConfig(ModelConfig):

@@ -18,7 +18,6 @@ Equal to the unfused losses of `stableopd.losses` to rounding; sums are in float
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -200,20 +199,33 @@ class _WithGradient(torch.autograd.Function):
 
 
 @dataclass(slots=True)
+class _Distribution:
+    """One model's distribution over a chunk of tokens."""
+
+    logits: Tensor
+    """[c, V], tempered."""
+    p: Tensor
+    """[c, V] probabilities."""
+    lse: Tensor
+    """[c, 1] log of the normaliser: log-probabilities are logits − lse."""
+
+    def logprobs_at(self, ids: Tensor) -> Tensor:
+        """[c, K] log-probabilities of the tokens `ids` [c, K]."""
+        return self.logits.gather(-1, ids) - self.lse
+
+
+@dataclass(slots=True)
 class _Chunk:
-    """One chunk of tokens: the student's distribution and the gradient that gathers on it. All [c, V] or [c]."""
+    """One chunk of tokens: the student's distribution and the gradient that gathers on it."""
 
     rows: slice
-    log_s: Tensor
-    s: Tensor
-    lse: Tensor
-    """[c, 1] log of the normaliser: log_s + lse are the tempered logits."""
+    student: _Distribution
     tilt: Tensor | None = None
-    """[c, V] U: adds s ∘ (U − E_s U) to the gradient."""
+    """[c, V] U and"""
     share: Tensor | None = None
-    """[c, 1] r: adds s · r."""
-    other: Tensor | None = None
-    """[c, V] what is added as it stands."""
+    """[c, 1] r: s ∘ (U + r) is in the gradient."""
+    pull: Tensor | None = None
+    """[c, V] added as it stands."""
     sparse: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """(ids [c, K], values [c, K]) added at those ids."""
 
@@ -225,17 +237,11 @@ class _Chunk:
         self.add_share(-u.sum(dim=-1, keepdim=True))
 
     def gradient(self) -> Tensor:
-        """[c, V] with respect to the tempered logits; overwrites `s` and `tilt`."""
-        if self.tilt is not None:
-            centre = torch.linalg.vecdot(self.s, self.tilt).unsqueeze(-1)
-            shift = -centre if self.share is None else self.share - centre
-            total = self.tilt.add_(shift).mul_(self.s)
-        elif self.share is not None:
-            total = self.s.mul_(self.share)
-        else:
-            total = self.s.zero_()
-        if self.other is not None:
-            total.add_(self.other)
+        """[c, V] with respect to the tempered logits; overwrites probabilities and `tilt`."""
+        share = self.share if self.share is not None else torch.zeros_like(self.student.lse)
+        total = self.student.p.mul_(share) if self.tilt is None else self.tilt.add_(share).mul_(self.student.p)
+        if self.pull is not None:
+            total.add_(self.pull)
         for ids, values in self.sparse:
             total.scatter_add_(-1, ids, values)
         return total
@@ -308,26 +314,28 @@ class _Pass:
         return ids, torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def _student_chunk(self, rows: slice) -> _Chunk:
-        log_s = self._heads[""].tempered_logits(rows, "student")
-        s, lse = self._normalise(log_s, "s")
-        chunk = _Chunk(rows=rows, log_s=log_s, s=s, lse=lse)
-        self.logprobs[rows] = _at(log_s, self.token_ids[rows])
+        student = self._distribution("", rows, "student", "s")
+        self.logprobs[rows] = self._at_token(student, rows)
         if self.entropy is not None:
-            self.entropy[rows] = -_expectation(s, log_s)
+            self.entropy[rows] = student.lse.squeeze(-1) - self._expectation(student.p, student.logits)
         if self.topk is not None:
-            top = log_s.topk(self.topk[0].shape[-1], dim=-1)
-            self.topk[0][rows], self.topk[1][rows] = top.indices, top.values
-        return chunk
+            top = student.logits.topk(self.topk[0].shape[-1], dim=-1)
+            self.topk[0][rows], self.topk[1][rows] = top.indices, top.values - student.lse
+        return _Chunk(rows=rows, student=student)
 
-    def _normalise(self, logits: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """(probabilities, log normaliser); the logits become log-probabilities in place."""
-        top = logits.amax(dim=-1, keepdim=True)
-        p = torch.sub(logits, top, out=self.buffer(name, len(logits))).exp_()
-        total = p.sum(dim=-1, keepdim=True)
-        lse = total.log() + top
-        logits.sub_(lse)
-        p.div_(total)
-        return p, lse
+    def _distribution(self, model: str, rows: slice, logits_buffer: str, p_buffer: str) -> _Distribution:
+        logits = self._heads[model].tempered_logits(rows, logits_buffer)
+        p = torch.softmax(logits, dim=-1, out=self.buffer(p_buffer, len(logits)))
+        # the likeliest token has a probability of at least 1/V, so its logarithm is safe
+        lse = logits.amax(dim=-1, keepdim=True) - p.amax(dim=-1, keepdim=True).log()
+        return _Distribution(logits=logits, p=p, lse=lse)
+
+    def _at_token(self, distribution: _Distribution, rows: slice) -> Tensor:
+        return distribution.logprobs_at(self.token_ids[rows].unsqueeze(-1)).squeeze(-1)
+
+    def _expectation(self, p: Tensor, values: Tensor) -> Tensor:
+        """Σ_v p(v) values(v): [c, V] -> [c], in a buffer of its own."""
+        return torch.mul(p, values, out=self.buffer("product", len(p))).sum(dim=-1)
 
     def _sampled(self, chunk: _Chunk, term: SampledTerm, others: Tensor | None) -> None:
         logprobs, weight = self.logprobs[chunk.rows], term.weight[chunk.rows]
@@ -338,32 +346,32 @@ class _Pass:
 
     def _compare(self, chunk: _Chunk, name: str, *, final: bool) -> None:
         """Every term that needs the other model `name`, from one projection of it; `final`: no other comes after."""
-        log_t = self._heads[name].tempered_logits(chunk.rows, "other")
-        t, _ = self._normalise(log_t, "t")
-        at_token = self.other_logprobs[name][chunk.rows] = _at(log_t, self.token_ids[chunk.rows])
+        dense = [term for term in self.terms if isinstance(term, DivergenceTerm) and term.other == name]
+        needs_p = any(term.divergence != "reverse_kl" for term in dense)
+        other = self._distribution(name, chunk.rows, "other", "t" if needs_p else "product")
+        at_token = self.other_logprobs[name][chunk.rows] = self._at_token(other, chunk.rows)
         for term in self.terms:
             if isinstance(term, SampledTerm) and term.other == name:
                 self._sampled(chunk, term, at_token)
             if isinstance(term, SupportTerm) and term.ids is None and term.other == name:
-                self._support(chunk, term, log_t)
-        dense = [term for term in self.terms if isinstance(term, DivergenceTerm) and term.other == name]
+                self._support(chunk, term, other)
         for number, term in enumerate(dense, start=1):
             last = number == len(dense)
-            self._divergence(chunk, term, log_t, t, last=last, final=final and last)
+            self._divergence(chunk, term, other, last=last, final=final and last)
 
-    def _support(self, chunk: _Chunk, term: SupportTerm, log_t: Tensor | None) -> None:
+    def _support(self, chunk: _Chunk, term: SupportTerm, other: _Distribution | None) -> None:
         weight = term.weight[chunk.rows]
-        if log_t is None:
+        if other is None:
             assert term.ids is not None
             assert term.logprobs is not None
             ids, known = term.ids[chunk.rows], term.logprobs[chunk.rows].to(self.dtype)
             member = torch.ones_like(ids, dtype=torch.bool)
         else:
-            ids, member = candidate_set(chunk.log_s, log_t, term.k, term.kind)
-            known = log_t.gather(-1, ids)
+            ids, member = candidate_set(chunk.student.logits, other.logits, term.k, term.kind)
+            known = other.logprobs_at(ids)
         value, u = self._differentiate(
             lambda x: support_divergence(x, known, member, term.divergence, term.tail, term.beta, term.forward_weight),
-            chunk.log_s.gather(-1, ids),
+            chunk.student.logprobs_at(ids),
             weight,
         )
         self._record(term, chunk.rows, value, weight)
@@ -371,44 +379,51 @@ class _Pass:
             chunk.add_sparse(ids, u)
 
     def _divergence(
-        self, chunk: _Chunk, term: DivergenceTerm, log_t: Tensor, t: Tensor, *, last: bool, final: bool
+        self, chunk: _Chunk, term: DivergenceTerm, other: _Distribution, *, last: bool, final: bool
     ) -> None:
         """Value and gradient of a divergence over the vocabulary.
 
-        The last one of another model may spoil its log-probabilities; the final one of all may keep the buffers.
+        The last one of another model may spoil its logits; the final one of all may keep the buffers.
         """
         weight = term.weight[chunk.rows].to(self.dtype).unsqueeze(-1)
-        work = log_t if last else self.buffer("work", len(log_t)).copy_(log_t)
-        forward = {"forward_kl": 1.0, "mixed_kl": term.forward_weight}.get(term.divergence, 0.0)
+        student = chunk.student
+        spare = other.logits if last else self.buffer("work", len(other.logits))
         if term.divergence == "jsd":
-            value = self._jsd(chunk, term.beta, weight, work, t)
+            value = self._jsd(chunk, term.beta, weight, other)
         else:
-            delta = torch.sub(chunk.log_s, work, out=work)
-            value = torch.zeros_like(self.logprobs[chunk.rows])
+            forward = {"forward_kl": 1.0, "mixed_kl": term.forward_weight}.get(term.divergence, 0.0)
+            delta = torch.sub(student.logits, other.logits, out=spare)  # log s − log t, but for a constant
+            constant = (student.lse - other.lse).squeeze(-1)
+            value = torch.zeros_like(constant)
             if forward:
-                value = value - forward * _expectation(t, delta)
-                self._pull(chunk, t, forward * weight, keep=final)
+                value = value - forward * (self._expectation(other.p, delta) - constant)
+                self._pull(chunk, other.p, forward * weight, keep=final)
             if forward < 1:
-                value = value + (1 - forward) * _expectation(chunk.s, delta)
-                self._tilt(chunk, delta, (1 - forward) * weight, keep=final)
+                mean = self._expectation(student.p, delta)
+                value = value + (1 - forward) * (mean - constant)
+                self._tilt(chunk, delta, mean, (1 - forward) * weight, keep=final)
         self._record(term, chunk.rows, value, term.weight[chunk.rows])
 
-    def _jsd(self, chunk: _Chunk, beta: float, weight: Tensor, log_t: Tensor, t: Tensor) -> Tensor:
-        """β KL(T ‖ M) + (1 − β) KL(S ‖ M), M = β T + (1 − β) S; `log_t` is overwritten."""
+    def _jsd(self, chunk: _Chunk, beta: float, weight: Tensor, other: _Distribution) -> Tensor:
+        """β KL(T ‖ M) + (1 − β) KL(S ‖ M), M = β T + (1 − β) S."""
+        student = chunk.student
         if beta in (0.0, 1.0):
             return torch.zeros_like(self.logprobs[chunk.rows])
-        log_m = self.buffer("mixture", len(log_t))
-        torch.logaddexp(log_t + math.log(beta), chunk.log_s + math.log1p(-beta), out=log_m)
-        value = beta * _expectation(t, log_t.sub_(log_m))
-        gap = torch.sub(chunk.log_s, log_m, out=log_m)
-        value = value + (1 - beta) * _expectation(chunk.s, gap)
-        self._tilt(chunk, gap, (1 - beta) * weight, keep=False)
+        log_m = torch.mul(other.p, beta, out=self.buffer("mixture", len(other.p)))
+        log_m.add_(student.p, alpha=1 - beta).clamp_(min=torch.finfo(self.dtype).tiny).log_()
+        gap = torch.sub(other.logits, log_m, out=self.buffer("gap", len(log_m)))
+        value = beta * (self._expectation(other.p, gap) - other.lse.squeeze(-1))
+        torch.sub(student.logits, log_m, out=gap)
+        mean = self._expectation(student.p, gap)
+        value = value + (1 - beta) * (mean - student.lse.squeeze(-1))
+        self._tilt(chunk, gap, mean, (1 - beta) * weight, keep=False)
         return value
 
-    def _tilt(self, chunk: _Chunk, delta: Tensor, weight: Tensor, *, keep: bool) -> None:
+    def _tilt(self, chunk: _Chunk, delta: Tensor, mean: Tensor, weight: Tensor, *, keep: bool) -> None:
         """Adds weight · s ∘ (δ − E_s δ) to the gradient; `keep`: nobody else needs the array δ."""
         if not self.with_gradient:
             return
+        chunk.add_share(-weight * mean.unsqueeze(-1))
         if chunk.tilt is None:
             chunk.tilt = torch.mul(delta, weight, out=delta if keep else self.buffer("tilt", len(delta)))
         else:
@@ -419,10 +434,10 @@ class _Pass:
         if not self.with_gradient:
             return
         chunk.add_share(weight)
-        if chunk.other is None:
-            chunk.other = torch.mul(t, -weight, out=t if keep else self.buffer("pull", len(t)))
+        if chunk.pull is None:
+            chunk.pull = torch.mul(t, -weight, out=t if keep else self.buffer("pull", len(t)))
         else:
-            chunk.other.addcmul_(t, -weight)
+            chunk.pull.addcmul_(t, -weight)
 
     def _differentiate(
         self, loss: Callable[[Tensor], Tensor], logprobs: Tensor, weight: Tensor
@@ -435,7 +450,8 @@ class _Pass:
             value = loss(leaf)
             kept = torch.where(weight != 0, value, torch.zeros_like(value))
             (u,) = torch.autograd.grad((kept * weight).sum(), leaf)
-        return value.detach(), u
+        unread = (weight == 0).view(-1, *[1] * (u.dim() - 1))
+        return value.detach(), u.masked_fill(unread, 0.0)
 
     def _record(self, term: Term, rows: slice, value: Tensor, weight: Tensor) -> None:
         value = torch.where(weight != 0, value, torch.zeros_like(value))
@@ -523,7 +539,7 @@ class _HeadGradient:
 
     def _through_softcap(self, grad: Tensor, chunk: _Chunk, head: LinearHead) -> None:
         if head.softcap is not None:
-            capped = chunk.log_s.add_(chunk.lse).mul_(self._owner.temperature / head.softcap)
+            capped = chunk.student.logits.mul_(self._owner.temperature / head.softcap)
             grad.mul_(1.0 - capped.square_())
         if head.scale != 1.0:
             grad.mul_(head.scale)
@@ -544,11 +560,3 @@ def _arithmetic_dtype(states: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and states.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return states.dtype
-
-
-def _at(log_p: Tensor, token_ids: Tensor) -> Tensor:
-    return log_p.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-
-
-def _expectation(p: Tensor, values: Tensor) -> Tensor:
-    return torch.linalg.vecdot(p, values)

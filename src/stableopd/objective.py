@@ -11,6 +11,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+AtLeastOne = Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
 
 SampledDivergence = Literal["sampled_reverse_kl"]
 VocabularyDivergence = Literal["reverse_kl", "forward_kl", "jsd", "mixed_kl"]
@@ -60,8 +61,8 @@ class DistillConfig(Section):
     """`sampled_reverse_kl`: PPO-clipped or gated policy gradient on A = log T − log S, or a direct loss."""
     epsilon_low: Positive = 0.2
     epsilon_high: Positive = 0.2
-    gate_low: NonNegative = 0.5
-    gate_high: Positive = 2.0
+    gate_low: Fraction = 0.5
+    gate_high: AtLeastOne = 2.0
     """`reinforce`: tokens whose ratio to the policy that drew them is outside are left out of the gradient."""
     beta: Fraction = 0.5
     """`jsd`: the teacher's share of the mixture."""
@@ -111,8 +112,6 @@ class DistillConfig(Section):
         one_sided = self.support in ("teacher_topk", "student_topk", "intersection")
         if self.support != "full" and self.topk == 1 and one_sided and self.tail == "renormalise":
             raise ValueError("topk is 1: renormalised on one token every divergence is 0. Take more, or tail=bucket")
-        if self.gate_low > self.gate_high:
-            raise ValueError(f"gate_low ({self.gate_low}) must not exceed gate_high ({self.gate_high})")
         return self
 
 
@@ -144,14 +143,8 @@ class CorrectionConfig(Section):
 
     kind: Literal["none", "truncate", "mask"] = "none"
     """Ratio trainer/engine cut at `cap`; or tokens whose ratio is outside [floor, cap] left out."""
-    cap: Positive = 2.0
-    floor: NonNegative = 0.0
-
-    @model_validator(mode="after")
-    def _is_possible(self) -> Self:
-        if self.floor > self.cap:
-            raise ValueError(f"floor ({self.floor}) must not exceed cap ({self.cap})")
-        return self
+    cap: AtLeastOne = 2.0
+    floor: Fraction = 0.0
 
 
 class ObjectiveConfig(Section):

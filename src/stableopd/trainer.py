@@ -112,6 +112,8 @@ class StableOPDTrainer:
                 self._log(0, metrics, self.monitor.observe_eval(0, metrics))
             for step in range(self.state.step + 1, self.config.max_steps + 1):
                 self.train_step(step)
+            if self.config.student.lora is not None and self.config.student.lora.merge:
+                self.save_model(self.config.run_dir / "merged", merge_adapters=True)
             self._each_callback("on_train_end")
         finally:
             self._close_run_folder()
@@ -177,10 +179,11 @@ class StableOPDTrainer:
         self._each_callback("on_evaluate", metrics)
         return metrics
 
-    def save_model(self, output_dir: str | Path) -> None:
-        """Write the student as it is now, for `AutoModelForCausalLM.from_pretrained`."""
+    def save_model(self, output_dir: str | Path, *, merge_adapters: bool = False) -> None:
+        """Write the student as it is now, for `AutoModelForCausalLM.from_pretrained`: adapters by themselves, or merged
+        into a whole model."""
         if self.accelerator.is_main_process:
-            save_model(self.student, self.tokenizer, Path(output_dir))
+            save_model(self.student, self.tokenizer, Path(output_dir), merge_adapters=merge_adapters)
 
     # ------------------------------------------------------------------ parts of a step
 

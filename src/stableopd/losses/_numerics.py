@@ -58,9 +58,7 @@ def log1mexp(x: Tensor) -> Tensor:
 
 def expectation(log_p: Tensor, values: Tensor) -> Tensor:
     """Σ_v p(v) · values(v) over the last axis; entries with p = 0 count nothing, in the gradient too."""
-    impossible = log_p == -torch.inf
-    terms = log_p.masked_fill(impossible, 0.0).exp() * values.masked_fill(impossible, 0.0)
-    return terms.sum(dim=-1)
+    return (log_p.exp() * values.masked_fill(log_p == -torch.inf, 0.0)).sum(dim=-1)
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
