@@ -7,11 +7,15 @@ chunk. Any other model is asked for its logits, and those take the place of hidd
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from stableopd.attention import PACKED_SDPA, packed_inputs, packing
 
 _PROBE_TOKENS = 8
 
@@ -58,30 +62,89 @@ Head = LinearHead | IdentityHead
 
 
 class HeadlessModel(nn.Module):
-    """A causal language model seen as a backbone that gives states [B, L, H] and a head over the vocabulary.
+    """A causal language model seen as a backbone that gives states and a head over the vocabulary.
 
     The head is looked up anew at every use, so that moving or casting the model is no matter. Parameters are
-    those of the model itself.
+    those of the model itself. Where the model's attention allows it, shown by a probe, sequences can be `packed`;
+    for that a model that runs PyTorch's attention is given one that does the same and packs as well.
     """
 
     def __init__(self, model: nn.Module, vocab_size: int) -> None:
         super().__init__()
         self.model = model
         self.vocab_size = vocab_size
-        self._linear = _has_linear_head(model, vocab_size)
+        with evaluating(model), torch.no_grad():
+            self._linear = _has_linear_head(model, vocab_size)
+            self.packs = self._learn_to_pack()
+        """Whether sequences can be handed over one after another, without padding."""
 
     @property
     def head(self) -> Head:
         head = _linear_head(self.model, self.vocab_size) if self._linear else None
         return head or IdentityHead(vocab_size=self.vocab_size)
 
-    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        """States [B, L, H] that `head` turns into the logits of the next token at each position."""
+    def forward(self, input_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """States [B, L, H] that `head` turns into the logits of the next token at each position.
+
+        Args: with `lengths`, `input_ids` is one row [1, N] of packed sequences of these lengths.
+        """
+        if lengths is None:
+            return self._states(input_ids)
+        flash = self._attention != PACKED_SDPA
+        with packing():
+            return self._states(input_ids, **packed_inputs(lengths, input_ids.device, flash=flash))
+
+    def _states(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         if self._linear:
             states: Tensor = _backbone(self.model)(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
             return states
         logits: Tensor = self.model(input_ids=input_ids, use_cache=False, **inputs).logits
         return logits
+
+    @property
+    def _attention(self) -> str:
+        return str(getattr(self.model.config, "_attn_implementation", None))
+
+    def _learn_to_pack(self) -> bool:
+        model: Any = self.model
+        before = self._attention
+        if before == "sdpa" and model._can_set_attn_implementation():
+            model.set_attn_implementation(PACKED_SDPA)
+        if self._attention == PACKED_SDPA or "flash" in before:
+            if self._keeps_packed_sequences_apart():
+                return True
+            if self._attention != before:
+                model.set_attn_implementation(before)
+        return False
+
+    def _keeps_packed_sequences_apart(self) -> bool:
+        """Whether packed sequences get the states that each gets by itself, tried on two."""
+        device = next(self.model.parameters()).device
+        ids = torch.arange(_PROBE_TOKENS + 5, device=device).remainder(self.vocab_size)[None]
+        lengths = [_PROBE_TOKENS, 5]
+        try:
+            packed = self(ids, lengths)
+        except (TypeError, ValueError, RuntimeError, NotImplementedError):  # an attention that knows no packing
+            return False
+        alone = torch.cat([self(part) for part in ids.split(lengths, dim=1)], dim=1)
+        tolerance = 1e-4 if packed.dtype in (torch.float32, torch.float64) else 2e-2
+        return packed.shape == alone.shape and bool((packed - alone).norm() <= tolerance * alone.norm())
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Every submodule in evaluation mode for a while, then each back in its own.
+
+    Evaluation mode means no dropout, and no gradient checkpointing, which would switch off the key-value cache.
+    """
+    modules: list[nn.Module] = list(model.modules())
+    modes = [(module, module.training) for module in modules]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _backbone(model: Any) -> Any:
@@ -111,26 +174,16 @@ def _first(config: Any, *names: str) -> float | None:
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
-@torch.no_grad()
 def _has_linear_head(model: Any, vocab_size: int) -> bool:
     """Whether backbone and linear head together give the model's own logits, tried on a few tokens."""
     head = _linear_head(model, vocab_size)
     if head is None or _backbone(model) is model:
         return False
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        ids = torch.arange(_PROBE_TOKENS, device=head.weight.device).remainder(vocab_size)[None]
-        output = _backbone(model)(input_ids=ids, use_cache=False)
-        states = getattr(output, "last_hidden_state", None)
-        if states is None or states.shape[-1] != head.weight.shape[1]:
-            return False
-        expected = model(input_ids=ids, use_cache=False).logits[..., :vocab_size].float()
-        found = head.logits(states).float()
-        tolerance = 1e-3 if states.dtype in (torch.float32, torch.float64) else 3e-2
-        return found.shape == expected.shape and torch.allclose(
-            found, expected, rtol=tolerance, atol=tolerance * max(1.0, float(expected.abs().max()))
-        )
-    finally:
-        for module, was_training in training:
-            module.training = was_training
+    ids = torch.arange(_PROBE_TOKENS, device=head.weight.device).remainder(vocab_size)[None]
+    states = getattr(_backbone(model)(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    if states is None or states.shape[-1] != head.weight.shape[1]:
+        return False
+    expected = model(input_ids=ids, use_cache=False).logits[..., :vocab_size].float()
+    found = head.logits(states).float()
+    tolerance = 1e-4 if states.dtype in (torch.float32, torch.float64) else 2e-2
+    return found.shape == expected.shape and bool((found - expected).norm() <= tolerance * expected.norm())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from stableopd.config import LoraSettings, ModelConfig
 from stableopd.errors import ConfigError, MissingDependencyError, ModelError
-from stableopd.heads import Head, HeadlessModel
-from stableopd.scoring import StatesModel, evaluating
+from stableopd.heads import Head, HeadlessModel, evaluating
+from stableopd.scoring import StatesModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
@@ -112,9 +113,13 @@ class AdaptersOff:
     def head(self) -> Head:
         return self._headless.head
 
-    def __call__(self, input_ids: Tensor) -> Tensor:
+    @property
+    def packs(self) -> bool:
+        return self._headless.packs
+
+    def __call__(self, input_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         with evaluating(self._adapted), self._adapted.disable_adapter():  # type: ignore[operator]
-            states: Tensor = self._headless(input_ids)
+            states: Tensor = self._headless(input_ids, lengths)
             return states
 
 

@@ -75,8 +75,8 @@ class TrainingRows:
             **{name: None if array is None else array[index, :width] for name, array in columns.items()},  # type: ignore[arg-type]
         )
 
-    def micro_batches(self, token_budget: int) -> Iterator[TrainingRows]:
-        """All rows, in batches of like length with at most `token_budget` tokens, padding included.
+    def micro_batches(self, token_budget: int, *, packed: bool = False) -> Iterator[TrainingRows]:
+        """All rows, in batches of like length with at most `token_budget` tokens, padding included unless `packed`.
 
         Rollouts and gold come in batches of their own, so that neither pays for the other's terms.
         """
@@ -84,7 +84,7 @@ class TrainingRows:
         is_gold = (self.index == _GOLD).tolist()
         for kind in (False, True):
             of_kind = [row for row, gold in enumerate(is_gold) if gold == kind]
-            for batch in budget_batches([lengths[row] for row in of_kind], token_budget):
+            for batch in budget_batches([lengths[row] for row in of_kind], token_budget, packed=packed):
                 yield self.select([of_kind[row] for row in batch])
 
 

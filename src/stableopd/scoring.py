@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stableopd.fused import Projected, fused_loss
-from stableopd.heads import Head
+from stableopd.heads import Head, evaluating
 from stableopd.tokens import budget_batches
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -36,7 +36,10 @@ class StatesModel(Protocol):
     @property
     def head(self) -> Head: ...
 
-    def __call__(self, input_ids: Tensor) -> Tensor: ...
+    @property
+    def packs(self) -> bool: ...
+
+    def __call__(self, input_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,16 +59,23 @@ class Scores:
 def completion_states(model: StatesModel, sequences: Sequences) -> Tensor:
     """Hidden states [n, H] that predict the completion tokens: row after row, without padding.
 
-    Each prompt is moved up to its completion and padding is on the right alone. Causal attention then needs no mask:
-    no real token comes after padding, and the kernels are the fastest there are.
+    Where the model can, all sequences are packed into one row and nothing is padding. Elsewhere each prompt is moved up
+    to its completion and padding is on the right alone. Causal attention then needs no mask, as no real token
+    comes after padding, and the kernels are the fastest there are.
     """
     prompts, completions = sequences.prompt_mask.sum(dim=1), sequences.completion_mask.sum(dim=1)
     ids = torch.cat([sequences.prompt_ids, sequences.completion_ids], dim=1)
-    width = int((prompts + completions).max()) - 1  # the last token predicts nothing
+    lengths = prompts + completions - 1  # the last token predicts nothing
     start = sequences.prompt_ids.shape[1] - prompts
-    columns = (start[:, None] + torch.arange(width, device=ids.device)).clamp(max=ids.shape[1] - 1)
     rows, tokens = sequences.completion_mask.nonzero(as_tuple=True)
-    states = model(input_ids=ids.gather(1, columns))
+    if model.packs:
+        column = torch.arange(ids.shape[1], device=ids.device)
+        read = (column >= start[:, None]) & (column < (start + lengths)[:, None])
+        states = model(ids[read][None], lengths.tolist())[0]
+        first = lengths.cumsum(0) - lengths
+        return states[first[rows] + prompts[rows] + tokens - 1]
+    columns = (start[:, None] + torch.arange(int(lengths.max()), device=ids.device)).clamp(max=ids.shape[1] - 1)
+    states = model(ids.gather(1, columns))
     return states[rows, prompts[rows] + tokens - 1]
 
 
@@ -91,7 +101,7 @@ def completion_scores(
     ids = torch.zeros((*shape, k), dtype=torch.int64, device=device) if topk else None
     top = torch.zeros((*shape, k), device=device) if topk else None
     with evaluating(model), autocast():
-        for rows, part in trimmed_batches(sequences, token_budget):
+        for rows, part in trimmed_batches(sequences, token_budget, packed=model.packs):
             projected = Projected(states=completion_states(model, part), head=model.head)
             tokens = part.completion_ids[part.completion_mask]
             found = fused_loss(projected, tokens, (), temperature=temperature, entropy=entropy, topk=topk)
@@ -113,19 +123,19 @@ def all_completion_states(
     lengths = sequences.completion_mask.sum(dim=1).tolist()
     by_row: dict[int, Tensor] = {}
     with evaluating(model), autocast():
-        for rows, part in trimmed_batches(sequences, token_budget):
+        for rows, part in trimmed_batches(sequences, token_budget, packed=model.packs):
             chosen = rows.tolist()
             pieces = completion_states(model, part).split([lengths[row] for row in chosen])
             by_row.update(zip(chosen, pieces, strict=True))
     return tuple(by_row[row] for row in range(len(lengths)))
 
 
-def trimmed_batches(sequences: Sequences, token_budget: int) -> Iterator[tuple[Tensor, Trimmed]]:
+def trimmed_batches(sequences: Sequences, token_budget: int, *, packed: bool) -> Iterator[tuple[Tensor, Trimmed]]:
     """(row numbers, those rows without common padding) in batches under a token budget."""
     prompts = sequences.prompt_mask.sum(dim=1).tolist()
     completions = sequences.completion_mask.sum(dim=1).tolist()
     lengths = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    for batch in budget_batches(lengths, token_budget):
+    for batch in budget_batches(lengths, token_budget, packed=packed):
         rows = torch.tensor(batch, device=sequences.completion_ids.device)
         yield rows, Trimmed(sequences, rows, max(prompts[r] for r in batch), max(completions[r] for r in batch))
 
@@ -139,19 +149,3 @@ class Trimmed:
         self.prompt_mask = sequences.prompt_mask[rows, start:]
         self.completion_ids = sequences.completion_ids[rows, :completion_width]
         self.completion_mask = sequences.completion_mask[rows, :completion_width]
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Every submodule in evaluation mode for a while, then each back in its own.
-
-    Evaluation mode means no dropout, and no gradient checkpointing, which would switch off the key-value cache.
-    """
-    modules: list[nn.Module] = list(model.modules())
-    modes = [(module, module.training) for module in modules]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

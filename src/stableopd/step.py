@@ -120,7 +120,7 @@ class Updater:
         names += ["reference/kl"] if "loss/reference" in names else []
         sums = dict.fromkeys(names, 0.0)
         self.student.train()
-        for micro in rows.micro_batches(self._token_budget):
+        for micro in rows.micro_batches(self._token_budget, packed=self.student.packs):
             self._backward(micro, coefs, totals["rollout"], sums, teacher_logprobs)
         sum_gradients(self.trained)
         grad_norm = float(nn.utils.clip_grad_norm_(self.trained, self._max_grad_norm))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,17 +37,48 @@ def _tensor(rows: list[list[Any]], dtype: torch.dtype, width: int, device: Any) 
     return torch.tensor(rows, dtype=dtype, device=device).reshape(len(rows), width)
 
 
-def budget_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Row numbers cut into batches of like length, longest first, each at most `budget` tokens with padding.
+def budget_batches(lengths: Sequence[int], budget: int, *, packed: bool = False) -> list[list[int]]:
+    """Row numbers cut into batches of like length, longest first, each at most `budget` tokens.
 
-    A batch of n rows costs n · (longest row). A row that is longer than the budget by itself gets a batch of its
-    own. Every row is in exactly one batch.
+    A batch of n rows costs n · (longest row) with padding, and the sum of its lengths when `packed`. With padding the
+    cuts are those of the least cost over all batches, where every batch costs a sixteenth of the budget on top: few
+    batches, little padding. A row that is longer than the budget by itself gets a batch of its own. Every row is in
+    exactly one batch.
     """
+    if not lengths:
+        return []
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    batches: list[list[int]] = []
-    for row in order:
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
+    sizes = np.array([lengths[row] for row in order], dtype=np.int64)
+    starts = _filled(sizes, budget) if packed else _least_padding(sizes, budget, overhead=budget // 16)
+    return [order[start:end] for start, end in zip(starts, [*starts[1:], len(order)], strict=True)]
+
+
+def _filled(sizes: np.ndarray, budget: int) -> list[int]:
+    """First rows of batches that take rows as long as there is room."""
+    starts: list[int] = []
+    room = 0
+    for row, size in enumerate(sizes.tolist()):
+        if not starts or size > room:
+            starts.append(row)
+            room = budget
+        room -= size
+    return starts
+
+
+def _least_padding(sizes: np.ndarray, budget: int, overhead: int) -> list[int]:
+    """First rows of the batches, by dynamic programming over where the last batch begins."""
+    number = len(sizes)
+    best = np.zeros(number + 1, dtype=np.int64)
+    begun = np.zeros(number + 1, dtype=np.int64)
+    for end in range(1, number + 1):
+        first = np.arange(end)
+        cost = (end - first) * sizes[:end]
+        cost = np.where((cost <= budget) | (first == end - 1), best[:end] + cost + overhead, np.iinfo(np.int64).max)
+        begun[end] = int(cost.argmin())
+        best[end] = cost[begun[end]]
+    starts = []
+    end = number
+    while end > 0:
+        end = int(begun[end])
+        starts.append(end)
+    return starts[::-1]

@@ -16,6 +16,7 @@ LAYERS = (
     {"tokens", "reading", "vocabulary", "health.signals", "objective", "distributed"}
     | {"losses", "losses._numerics", "losses.divergences", "losses.supports", "losses.policy", "losses.shaping"}
     | {"losses.rewards", "losses.reduction"},
+    {"attention"},
     {"heads"},
     {"fused"},
     {"protocols", "health", "health.rules", "health.monitor", "health.verdict", "scoring", "advantages"},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,3 +49,30 @@ def test_every_row_is_in_one_batch_and_no_batch_of_several_rows_is_over_budget(l
 def test_batches_hold_rows_of_like_length_longest_first(lengths):
     order = [lengths[row] for batch in budget_batches(lengths, 40) for row in batch]
     assert order == sorted(order, reverse=True)
+
+
+@given(LENGTHS, st.integers(1, 100))
+def test_packed_batches_count_the_tokens_alone(lengths, budget):
+    batches = budget_batches(lengths, budget, packed=True)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    assert all(sum(lengths[row] for row in batch) <= budget or len(batch) == 1 for batch in batches)
+
+
+@given(st.lists(st.integers(1, 39), min_size=1, max_size=7), st.integers(20, 100))
+def test_no_other_cut_of_the_sorted_rows_costs_less(lengths, budget):
+    """All ways to cut the rows, longest first, into batches; a batch costs its padded size and budget // 16."""
+
+    def cost(batches: list[list[int]]) -> float:
+        sizes = [(len(batch) * max(lengths[row] for row in batch), len(batch)) for batch in batches]
+        if any(size > budget and count > 1 for size, count in sizes):
+            return math.inf
+        return sum(size + budget // 16 for size, _ in sizes)
+
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    every_way = []
+    for cuts in itertools.product((False, True), repeat=len(order) - 1):
+        batches = [[order[0]]]
+        for row, cut in zip(order[1:], cuts, strict=True):
+            batches = [*batches, [row]] if cut else [*batches[:-1], [*batches[-1], row]]
+        every_way.append(cost(batches))
+    assert cost(budget_batches(lengths, budget)) == min(every_way)

@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 
 from stableopd.errors import ModelError
+from stableopd.heads import evaluating
 from stableopd.rollout.cache import growing_cache, select_rows
 from stableopd.rollout.draws import Uniforms, draw_tokens
-from stableopd.scoring import Autocast, evaluating
+from stableopd.scoring import Autocast
 from stableopd.tokens import pad_left, position_ids
 from stableopd.types import Example, FinishReason, RolloutBatch, Sampling
 
