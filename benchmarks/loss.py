@@ -16,7 +16,7 @@ Sides:
 
 V = 151,936 and H = 896 (Qwen2.5-0.5B), bfloat16 and float32, N = 2,048 and 8,192. Full logits at 8,192 tokens do not
 fit and are left out. Every measurement is a process of its own: a pass over 64 tokens first, then one that counts. The
-peak is how far resident memory (on a GPU what torch has allocated) rises above where it was before: heads and states are
+peak is how far resident memory (on a GPU what torch has allocated) rises above where it was: heads and states are
 there already. Sides take turns; times and peaks are medians over repeats, ratios medians of the ratios of one turn.
 
 Prints a table, and as its last line one JSON object, ours / theirs. The figures at the top are those of bfloat16 at

@@ -138,7 +138,10 @@ def test_float32_is_within_a_hundred_thousandth_of_the_unfused_losses_gradients_
 
 @pytest.mark.parametrize(
     "options",
-    [{"bias": True}, {"pad": 5}, {"scale": 0.25}, {"softcap": 3.0}, {"bias": True, "pad": 2, "scale": 2.0, "softcap": 5.0}],
+    [
+        {"bias": True}, {"pad": 5}, {"scale": 0.25}, {"softcap": 3.0},
+        {"bias": True, "pad": 2, "scale": 2.0, "softcap": 5.0},
+    ],
     ids=["bias", "padded vocabulary", "scale", "softcap", "all"],
 )  # fmt: skip
 def test_every_kind_of_linear_head_has_the_gradients_of_autograd(options):
