@@ -250,8 +250,26 @@ class _Chunk:
         return total
 
 
+class _Workspace:
+    """The buffers [rows, V] that all chunks of a pass share. It refers to nothing, so it goes when the pass ends."""
+
+    def __init__(
+        self, rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device, temperature: float
+    ) -> None:
+        self.rows, self.vocab_size, self.dtype, self.device = rows, vocab_size, dtype, device
+        self.temperature = temperature
+        self._buffers: dict[str, Tensor] = {}
+
+    def buffer(self, name: str, num_rows: int, dtype: torch.dtype | None = None) -> Tensor:
+        """[num_rows, V], the same memory for every chunk."""
+        if name not in self._buffers:
+            shape = (self.rows, self.vocab_size)
+            self._buffers[name] = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        return self._buffers[name][:num_rows]
+
+
 class _Pass:
-    """One fused pass: its buffers, which all chunks share, and its results."""
+    """One fused pass and its results."""
 
     def __init__(
         self,
@@ -267,20 +285,21 @@ class _Pass:
     ) -> None:
         states = student.states
         self.student, self.token_ids, self.terms, self.others = student, token_ids, terms, others
-        self.temperature, self.with_gradient = temperature, with_gradient
+        self.with_gradient = with_gradient
         self.num_tokens, self.vocab_size = states.shape[0], student.head.vocab_size
         self.rows = max(1, min(self.num_tokens, chunk_rows or max(_MIN_ROWS, _CHUNK_ELEMENTS // self.vocab_size)))
         self.dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
         self.device = states.device
-        self._buffers: dict[str, Tensor] = {}
+        self._workspace = _Workspace(self.rows, self.vocab_size, self.dtype, self.device, temperature)
         self.loss = torch.zeros((), dtype=self.dtype, device=self.device)
         self.logprobs = self._per_token()
         self.entropy = self._per_token() if entropy else None
         self.topk = self._topk_arrays(min(topk, self.vocab_size)) if topk else None
         self.values = {term.name: self._per_token() for term in terms}
         self.other_logprobs = {name: self._per_token() for name in others}
-        self._heads = {"": _Projector(student, self), **{n: _Projector(other, self) for n, other in others.items()}}
-        self._backward = _HeadGradient(self._heads[""], self) if with_gradient else None
+        projected = {"": student, **others}
+        self._heads = {name: _Projector(model, self._workspace) for name, model in projected.items()}
+        self._backward = _HeadGradient(self._heads[""], self._workspace) if with_gradient else None
 
     @property
     def gradients(self) -> list[Tensor | None]:
@@ -303,12 +322,8 @@ class _Pass:
         if self._backward is not None:
             self._backward.flush()
 
-    def buffer(self, name: str, num_rows: int, dtype: torch.dtype | None = None) -> Tensor:
-        """[num_rows, V], the same memory for every chunk."""
-        if name not in self._buffers:
-            shape = (self.rows, self.vocab_size)
-            self._buffers[name] = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
-        return self._buffers[name][:num_rows]
+    def buffer(self, name: str, num_rows: int) -> Tensor:
+        return self._workspace.buffer(name, num_rows)
 
     def _per_token(self) -> Tensor:
         return torch.zeros(self.num_tokens, dtype=self.dtype, device=self.device)
@@ -467,8 +482,8 @@ class _Pass:
 class _Projector:
     """Logits of one model, chunk by chunk."""
 
-    def __init__(self, projected: Projected, owner: _Pass) -> None:
-        self.states, self.head, self._owner = projected.states, projected.head, owner
+    def __init__(self, projected: Projected, workspace: _Workspace) -> None:
+        self.states, self.head, self._workspace = projected.states, projected.head, workspace
         self.dtype = _arithmetic_dtype(self.states)
         self.weight = None
         if isinstance(self.head, LinearHead):
@@ -476,14 +491,14 @@ class _Projector:
 
     def tempered_logits(self, rows: slice, name: str) -> Tensor:
         """[c, V] in float32 (float64), in a buffer of that name."""
-        owner, head, states = self._owner, self.head, self.states[rows].detach()
-        logits = owner.buffer(name, len(states))
+        work, head, states = self._workspace, self.head, self.states[rows].detach()
+        logits = work.buffer(name, len(states))
         if self.weight is None:
             logits.copy_(head.logits(states)).clamp_(min=_LEAST_LOGIT)
-        elif self.dtype == owner.dtype:
+        elif self.dtype == work.dtype:
             torch.mm(states.to(self.dtype), self.weight.T, out=logits)
         else:
-            narrow = owner.buffer(f"narrow {self.dtype}", len(states), self.dtype)
+            narrow = work.buffer(f"narrow {self.dtype}", len(states), self.dtype)
             logits.copy_(torch.mm(states.to(self.dtype), self.weight.T, out=narrow))
         if isinstance(head, LinearHead):
             if head.bias is not None:
@@ -492,41 +507,41 @@ class _Projector:
                 logits.mul_(head.scale)
             if head.softcap is not None:
                 logits.div_(head.softcap).tanh_().mul_(head.softcap)
-        if owner.temperature != 1.0:
-            logits.div_(owner.temperature)
+        if work.temperature != 1.0:
+            logits.div_(work.temperature)
         return logits
 
 
 class _HeadGradient:
     """Gradients of the student's states and head, summed over chunks."""
 
-    def __init__(self, projector: _Projector, owner: _Pass) -> None:
-        self._projector, self._owner, head = projector, owner, projector.head
+    def __init__(self, projector: _Projector, workspace: _Workspace) -> None:
+        self._projector, self._workspace, head = projector, workspace, projector.head
         self._states = torch.zeros_like(projector.states) if projector.states.requires_grad else None
         self._weight = self._bias = None
         self._group: list[slice] = []
         self._narrow: Tensor | None = None
         if isinstance(head, LinearHead):
             if head.weight.requires_grad:
-                self._weight = torch.zeros(head.weight.shape, dtype=owner.dtype, device=owner.device)
+                self._weight = torch.zeros(head.weight.shape, dtype=workspace.dtype, device=workspace.device)
             if head.bias is not None and head.bias.requires_grad:
-                self._bias = torch.zeros(head.bias.shape, dtype=owner.dtype, device=owner.device)
+                self._bias = torch.zeros(head.bias.shape, dtype=workspace.dtype, device=workspace.device)
 
     def add(self, chunk: _Chunk) -> None:
-        owner, head, projector = self._owner, self._projector.head, self._projector
+        work, head, projector = self._workspace, self._projector.head, self._projector
         grad = chunk.gradient()
         if isinstance(head, LinearHead):
             self._through_softcap(grad, chunk, head)
-        if owner.temperature != 1.0:
-            grad.div_(owner.temperature)
+        if work.temperature != 1.0:
+            grad.div_(work.temperature)
         if projector.weight is None:
             if self._states is not None:
-                self._states[chunk.rows, : owner.vocab_size] = grad.to(self._states.dtype)
+                self._states[chunk.rows, : work.vocab_size] = grad.to(self._states.dtype)
             return
         assert isinstance(head, LinearHead)
         if self._bias is not None:
             self._bias[: head.vocab_size] += grad.sum(dim=0)
-        if projector.dtype == owner.dtype:
+        if projector.dtype == work.dtype:
             self._multiply(grad, chunk.rows)
         else:
             self._collect(grad, chunk.rows)
@@ -540,11 +555,11 @@ class _HeadGradient:
             self._group = []
 
     def _collect(self, grad: Tensor, rows: slice) -> None:
-        owner = self._owner
+        work = self._workspace
         if self._narrow is None:
-            capacity = min(_GROUP * owner.rows, owner.num_tokens)
-            shape = (capacity, owner.vocab_size)
-            self._narrow = torch.empty(shape, dtype=self._projector.dtype, device=owner.device)
+            capacity = min(_GROUP * work.rows, self._projector.states.shape[0])
+            shape = (capacity, work.vocab_size)
+            self._narrow = torch.empty(shape, dtype=self._projector.dtype, device=work.device)
         start = rows.start - self._group[0].start if self._group else 0
         self._narrow[start : start + len(grad)] = grad
         self._group.append(rows)
@@ -572,7 +587,7 @@ class _HeadGradient:
 
     def _through_softcap(self, grad: Tensor, chunk: _Chunk, head: LinearHead) -> None:
         if head.softcap is not None:
-            capped = chunk.student.logits.mul_(self._owner.temperature / head.softcap)
+            capped = chunk.student.logits.mul_(self._workspace.temperature / head.softcap)
             grad.mul_(1.0 - capped.square_())
         if head.scale != 1.0:
             grad.mul_(head.scale)

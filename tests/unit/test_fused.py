@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -347,3 +349,17 @@ def test_different_vocabularies_and_a_temperature_of_zero_are_refused():
         fused_loss(Projected(states=case.states, head=case.head), case.ids, (), others={"teacher": other})
     with pytest.raises(ValueError, match="temperature"):
         fused_loss(Projected(states=case.states, head=case.head), case.ids, (), temperature=0.0)
+
+
+def test_buffers_go_when_a_pass_ends_without_waiting_for_the_garbage_collector():
+    case = Case()
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(torch.is_tensor(thing) for thing in gc.get_objects())
+        for _ in range(5):
+            case.fused().loss.backward()
+        after = sum(torch.is_tensor(thing) for thing in gc.get_objects())
+    finally:
+        gc.enable()
+    assert after - before < 5, "each pass leaves tensors behind"

@@ -26,7 +26,9 @@ def draw_tokens(logits: Tensor, sampling: Sampling, uniforms: Tensor | None) -> 
 
     Numerics: softmax in float32, distribution function in float64. An id of probability zero is never drawn.
     """
-    scaled = logits.float() / sampling.logprob_temperature
+    scaled = logits.float()
+    if sampling.logprob_temperature != 1.0:
+        scaled = scaled / sampling.logprob_temperature
     logprobs = scaled.log_softmax(dim=-1)
     if uniforms is None:
         ids = scaled.argmax(dim=-1)
@@ -54,7 +56,9 @@ def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     cdf = probs.cumsum(dim=-1, dtype=uniforms.dtype)
     ids = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).clamp(max=probs.shape[-1] - 1)
     possible = probs.gather(1, ids) > 0  # rounding may lead past the last possible id, or onto a step of height 0
-    return ids.where(possible, probs.argmax(dim=-1, keepdim=True)).squeeze(1)
+    if not bool(possible.all()):
+        ids = ids.where(possible, probs.argmax(dim=-1, keepdim=True))
+    return ids.squeeze(1)
 
 
 class Uniforms:
