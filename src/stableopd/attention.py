@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -23,7 +24,18 @@ from transformers.masking_utils import sdpa_mask
 PACKED_SDPA = "stableopd_sdpa"
 """Name under which the attention is registered: `sdpa` for ordinary batches, sequence by sequence for packed ones."""
 
-_packing: ContextVar[bool] = ContextVar("stableopd_packing", default=False)
+
+@dataclass(slots=True)
+class Windows:
+    """How many tokens back the attention of a packed batch looks, where that is bounded."""
+
+    masked: set[int] = field(default_factory=set)
+    """What the model wanted masks for (sliding windows, chunks). No mask is built for a packed batch."""
+    applied: set[int] = field(default_factory=set)
+    """What its attention was told, and so kept to."""
+
+
+_packing: ContextVar[Windows | None] = ContextVar("stableopd_packing", default=None)
 
 
 def packed_inputs(lengths: Sequence[int], device: torch.device, *, flash: bool) -> dict[str, Any]:
@@ -42,11 +54,12 @@ def packed_inputs(lengths: Sequence[int], device: torch.device, *, flash: bool) 
 
 
 @contextmanager
-def packing() -> Iterator[None]:
+def packing() -> Iterator[Windows]:
     """While a packed batch goes through a model: no mask is built for it."""
-    token = _packing.set(True)
+    windows = Windows()
+    token = _packing.set(windows)
     try:
-        yield
+        yield windows
     finally:
         _packing.reset(token)
 
@@ -71,6 +84,8 @@ def packed_sdpa(
     for name in ("cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal"):
         options.pop(name, None)
     window = options.pop("sliding_window", None)
+    if window is not None and (seen := _packing.get()) is not None:
+        seen.applied.add(window)
     outputs = []
     start = 0
     for length, run in groupby(cu_seq_lens_q.diff().tolist()):
@@ -92,7 +107,12 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
 
 
 def _mask(*arguments: Any, **options: Any) -> Tensor | None:
-    return None if _packing.get() else sdpa_mask(*arguments, **options)
+    seen = _packing.get()
+    if seen is None:
+        return sdpa_mask(*arguments, **options)
+    if options.get("local_size") is not None:
+        seen.masked.add(options["local_size"])
+    return None
 
 
 AttentionInterface.register(PACKED_SDPA, packed_sdpa)

@@ -277,6 +277,11 @@ class StableOPDConfig(Section):
         objective, optimizer = self.objective, self.optimizer
         if not (objective.needs_rollouts or objective.needs_gold):
             raise ValueError("every coefficient of objective is 0: there is nothing to train on")
+        if objective.needs_rewards and self.rollout.num_generations == 1:
+            raise ValueError(
+                "rollout.num_generations is 1, but a reward counts against the other rollouts of its prompt and would "
+                "do nothing; take 2 or more, or set objective.reward.coef=0"
+            )
         if optimizer.num_minibatches > self.rollout.num_prompts:
             raise ValueError(
                 f"optimizer.num_minibatches is {optimizer.num_minibatches}, more than the "

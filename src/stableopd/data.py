@@ -41,6 +41,7 @@ def load_examples(
     max_prompt_tokens: int | None = None,
     max_total_tokens: int | None = None,
     require_gold: bool = False,
+    require_answer: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Example]:
     """One tokenised `Example` per row.
@@ -57,6 +58,7 @@ def load_examples(
         max_prompt_tokens: longest prompt allowed, in tokens.
         max_total_tokens: longest prompt and gold together, in tokens.
         require_gold: refuse rows without gold.
+        require_answer: refuse rows without an answer, which a reward compares with.
         chat_template_kwargs: passed to the chat template, for example {"enable_thinking": False}.
 
     Raises:
@@ -71,7 +73,7 @@ def load_examples(
     gold_ids = _gold_ids(table, golds, prompts, tokenizer)
     _check_totals(table, prompt_ids, gold_ids, max_total_tokens)
     gold_weights = _gold_weights(table, gold_weights_column, gold_ids)
-    answers = _answers(table, answer_column)
+    answers = _answers(table, answer_column, require_answer)
     columns = zip(prompts, prompt_ids, gold_ids, gold_weights, answers, strict=True)
     return [
         Example(index=index, prompt=prompt.text, prompt_ids=ids, gold_ids=gold, gold_weights=weights, answer=answer)
@@ -302,11 +304,26 @@ def _is_weight(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
-def _answers(table: _Table, column: str) -> list[str | None]:
-    if column != "answer" and column not in table.columns:
+def _answers(table: _Table, column: str, required: bool) -> list[str | None]:
+    if column not in table.columns and column != "answer":
         raise DataError(f"{table.source}: no column {column!r}. {table.known(column)} Set data.answer_column")
-    answers = (row.get(column) for row in table.rows)
-    return [None if answer is None else str(answer) for answer in answers]
+    answers = [None if (answer := row.get(column)) is None else str(answer) for row in table.rows]
+    missing = [row for row, answer in enumerate(answers) if answer is None]
+    if not required or not missing:
+        return answers
+    how = (
+        "give each row an answer (an empty one, if objective.reward.function looks at none), or turn the reward off "
+        "(objective.reward.coef=0)"
+    )
+    if column not in table.columns:
+        raise DataError(
+            f"{table.source}: no answers to reward: no row has a column {column!r}. {table.known(column)} Set "
+            f"data.answer_column, {how}"
+        )
+    raise DataError(
+        f"{table.places[missing[0]]}: no answer in the column {column!r}, which the reward needs; {len(missing)} of "
+        f"{len(answers)} rows have none. Remove them, {how}"
+    )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], places: Sequence[Place]) -> list[tuple[int, ...]]:

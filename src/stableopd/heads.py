@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopd.attention import PACKED_SDPA, packed_inputs, packing
+from stableopd.attention import PACKED_SDPA, Windows, packed_inputs, packing
 
 _PROBE_TOKENS = 8
 
@@ -88,11 +88,12 @@ class HeadlessModel(nn.Module):
 
         Args: with `lengths`, `input_ids` is one row [1, N] of packed sequences of these lengths.
         """
-        if lengths is None:
-            return self._states(input_ids)
+        return self._states(input_ids) if lengths is None else self._packed(input_ids, lengths)[0]
+
+    def _packed(self, input_ids: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Windows]:
         flash = self._attention != PACKED_SDPA
-        with packing():
-            return self._states(input_ids, **packed_inputs(lengths, input_ids.device, flash=flash))
+        with packing() as windows:
+            return self._states(input_ids, **packed_inputs(lengths, input_ids.device, flash=flash)), windows
 
     def _states(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         if self._linear:
@@ -107,6 +108,8 @@ class HeadlessModel(nn.Module):
 
     def _learn_to_pack(self) -> bool:
         model: Any = self.model
+        if not _tokens_meet_in_attention_alone(model):
+            return False
         before = self._attention
         if before == "sdpa" and model._can_set_attn_implementation():
             model.set_attn_implementation(PACKED_SDPA)
@@ -118,13 +121,18 @@ class HeadlessModel(nn.Module):
         return False
 
     def _keeps_packed_sequences_apart(self) -> bool:
-        """Whether packed sequences get the states that each gets by itself, tried on two."""
+        """Whether packed sequences get the states that each gets by itself, tried on two.
+
+        The two are shorter than most windows, so that a window that masks alone would apply is looked for as such.
+        """
         device = next(self.model.parameters()).device
         ids = torch.arange(_PROBE_TOKENS + 5, device=device).remainder(self.vocab_size)[None]
         lengths = [_PROBE_TOKENS, 5]
         try:
-            packed = self(ids, lengths)
+            packed, windows = self._packed(ids, lengths)
         except (TypeError, ValueError, RuntimeError, NotImplementedError):  # an attention that knows no packing
+            return False
+        if windows.masked - windows.applied:
             return False
         alone = torch.cat([self(part) for part in ids.split(lengths, dim=1)], dim=1)
         tolerance = 1e-4 if packed.dtype in (torch.float32, torch.float64) else 2e-2
@@ -147,6 +155,13 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = training
 
 
+def _tokens_meet_in_attention_alone(model: Any) -> bool:
+    """Not in convolutions or recurrent states, which know no bounds of sequences."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    attention_alone = kinds <= {"full_attention", "sliding_attention"}
+    return attention_alone and not any(isinstance(module, nn.Conv1d) for module in model.modules())
+
+
 def _backbone(model: Any) -> Any:
     return model.base_model
 
@@ -166,7 +181,7 @@ def _linear_head(model: Any, vocab_size: int) -> LinearHead | None:
         bias=layer.bias,
         vocab_size=vocab_size,
         scale=1.0 if scale is None else float(scale),
-        softcap=_first(config, "final_logit_softcapping"),
+        softcap=_first(config, "final_logit_softcapping", "logits_soft_cap"),
     )
 
 

@@ -15,6 +15,7 @@ AtLeastOne = Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
 
 SampledDivergence = Literal["sampled_reverse_kl"]
 VocabularyDivergence = Literal["reverse_kl", "forward_kl", "jsd", "mixed_kl"]
+Divergence = Literal[SampledDivergence, VocabularyDivergence]
 Support = Literal["full", "teacher_topk", "student_topk", "intersection", "union", "symmetric_difference"]
 
 
@@ -56,7 +57,7 @@ class TokenConfig(Section):
 
 class DistillConfig(Section):
     coef: NonNegative = 1.0
-    divergence: SampledDivergence | VocabularyDivergence = "sampled_reverse_kl"
+    divergence: Divergence = "sampled_reverse_kl"
     estimator: Literal["clipped", "reinforce", "k2", "k3"] = "clipped"
     """`sampled_reverse_kl`: PPO-clipped or gated policy gradient on A = log T − log S, or a direct loss."""
     epsilon_low: Positive = 0.2

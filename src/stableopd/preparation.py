@@ -65,7 +65,16 @@ def prepare_data(
     longest_prompt = _longest_prompt(config, shared_context)
     rows = _rows(train_dataset, config.data.path, config.data.split, "data.path")
     source = config.data.path or "train_dataset"
-    examples = _load(config, tokenizer, rows, source, longest_prompt, context, needs_gold and not config.data.gold_path)
+    examples = _load(
+        config,
+        tokenizer,
+        rows,
+        source,
+        longest_prompt,
+        context,
+        require_gold=needs_gold and not config.data.gold_path,
+        require_answer=config.objective.needs_rewards,
+    )
     pool = None
     if needs_gold and config.data.gold_path:
         pool_rows = read_rows(config.data.gold_path, config.data.split, setting="data.gold_path")
@@ -152,7 +161,9 @@ def _load(
     source: str,
     longest_prompt: int | None,
     context: int | None,
+    *,
     require_gold: bool,
+    require_answer: bool = False,
 ) -> list[Example]:
     data = config.data
     return load_examples(
@@ -166,6 +177,7 @@ def _load(
         max_prompt_tokens=longest_prompt,
         max_total_tokens=context if require_gold else None,
         require_gold=require_gold,
+        require_answer=require_answer,
         chat_template_kwargs=data.chat_template_kwargs,
     )
 

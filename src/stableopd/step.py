@@ -112,7 +112,8 @@ class Updater:
         weights = token_weights(rows, self._objective, self._sequence_length)
         tokens = float(rows.rollout_mask.sum())
         totals = dict(zip((*coefs, "rollout"), self._sum([*(weights[n][1] for n in coefs), tokens]), strict=True))
-        if not any(totals[name] for name in coefs):
+        nothing_counts = not any(totals[name] for name in coefs)
+        if nothing_counts and teacher_logprobs is None:
             return {"skipped_updates": 1.0}
         rows = weighted(rows, weights, totals, coefs)
         names = [f"loss/{name}" for name in coefs if totals[name] > 0]
@@ -122,6 +123,10 @@ class Updater:
         self.student.train()
         for micro in rows.micro_batches(self._token_budget, packed=self.student.packs):
             self._backward(micro, coefs, totals["rollout"], sums, teacher_logprobs)
+        figures = dict(zip(sums, self._sum(list(sums.values())), strict=True))
+        if nothing_counts:  # but the teacher's log-probabilities were wanted
+            self.optimizer.zero_grad(set_to_none=True)
+            return {**figures, "skipped_updates": 1.0}
         sum_gradients(self.trained)
         grad_norm = float(nn.utils.clip_grad_norm_(self.trained, self._max_grad_norm))
         finite = math.isfinite(grad_norm)
@@ -130,7 +135,6 @@ class Updater:
                 group["lr"] = learning_rate
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        figures = dict(zip(sums, self._sum(list(sums.values())), strict=True))
         loss = sum(coef * figures.get(f"loss/{name}", 0.0) for name, coef in coefs.items())
         return {**figures, "loss": loss, "grad_norm": grad_norm, "skipped_updates": float(not finite)}
 
@@ -150,11 +154,12 @@ class Updater:
             passed = self._gold_pass(states, micro) if is_gold else self._rollout_pass(states, micro)
         for name, values in passed.values.items():
             weight = getattr(micro, f"{name}_weight")[micro.completion_mask]
-            sums[f"loss/{name}"] += float((values * weight).sum()) / coefs[name]
+            if f"loss/{name}" in sums:
+                sums[f"loss/{name}"] += float((values * weight).sum()) / coefs[name]
         if not is_gold:
             assert passed.entropy is not None
             figures = rollout_figures(micro, passed.logprobs, passed.entropy, self._objective.distill)
-            if "reference" in passed.values:
+            if "reference/kl" in sums:
                 figures["reference/kl"] = passed.values["reference"]
             for name, figure in figures.items():
                 sums[name] += float(figure.double().sum()) / num_tokens

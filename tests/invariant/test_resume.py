@@ -59,6 +59,8 @@ def records(path: Path) -> list[dict]:
 
 
 WEIGHTS = ("model.safetensors", "optimizer.safetensors")
+REWARD = "operator:contains"
+"""(completion, answer): the answer's digit stands in it somewhere, which chance brings about."""
 
 
 def assert_same_run(left: Path, right: Path, last_step: int, parts: tuple[str, ...] = WEIGHTS) -> None:
@@ -232,9 +234,15 @@ def test_a_decaying_learning_rate_ties_the_run_to_its_number_of_steps(run_settin
         {"student": {"lora": {"r": 2}}},
         {"optimizer": {"num_epochs": 2, "schedule": "cosine", "warmup_steps": 2}},
         {"objective": {"reference": {"estimator": "k3"}}, "rollout": {"temperature": 0.7, "top_p": 0.9}},
+        {"objective": {"distill": {"divergence": "jsd", "tokens": {"entropy_fraction": 0.5}}}},
+        {"objective": {"distill": {"divergence": "reverse_kl", "support": "teacher_topk", "topk": 4}}},
+        {
+            "method": "grpo", "objective": {"correction": {"kind": "truncate"}, "reward": {"function": REWARD}},
+            "student": {"lora": {"r": 2}},
+        },
     ],
-    ids=["lora", "epochs and schedule", "k3 and top-p"],
-)
+    ids=["lora", "epochs and schedule", "k3 and top-p", "whole vocabulary", "top-k", "reward and lora"],
+)  # fmt: skip
 def test_every_kind_of_run_resumes_to_the_bit(run_settings, tmp_path, changes):
     settings = run_settings(max_steps=5, **changes)
     train(settings, tmp_path / "whole")

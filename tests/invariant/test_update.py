@@ -1,4 +1,7 @@
-"""What must not matter to an update does not: micro-batches, padding, row order; what must matter does."""
+"""What must not matter to an update does not: micro-batches, padding, row order; what must matter does.
+
+Every kind of loss that an objective can ask for is compared with the pure losses, in float64, row by row.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from stableopd import losses
 from stableopd.advantages import rollout_signals
 from stableopd.config import ObjectiveConfig, OptimizerConfig
 from stableopd.heads import HeadlessModel
@@ -21,7 +25,7 @@ from stableopd.toy.models import build_model
 from stableopd.types import Example, Sampling, TokenScores
 
 PAD, EOS, VOCAB = 16, 15, 17
-TEMPERATURE = 0.8
+TEMPERATURE, TOPK, LENGTH = 0.8, 4, 7
 OBJECTIVE = ObjectiveConfig(distill={"coef": 0.7}, gold={"coef": 1.3}, reference={"coef": 0.4})
 
 
@@ -29,10 +33,14 @@ def model(tokenizer, seed, width=16):
     return build_model(num_layers=1, hidden_size=width, num_heads=2, tokenizer=tokenizer, seed=seed)
 
 
+def teacher_of(tokenizer):
+    return model(tokenizer, 2, width=20)
+
+
 @pytest.fixture
 def rows(tokenizer):
     """Rollouts of five prompts of different length, two each, and weighted gold for every prompt."""
-    student, teacher = model(tokenizer, 1), model(tokenizer, 2)
+    student, teacher = model(tokenizer, 1), teacher_of(tokenizer)
     examples = [
         Example(
             index=i, prompt="", prompt_ids=tuple(range(1, 3 + i)), gold_ids=(*range(2, 5 + 2 * i), EOS),
@@ -45,7 +53,7 @@ def rows(tokenizer):
     rollouts = engine.generate(examples, sampling, step=1)
     headless = HeadlessModel(teacher, VOCAB)
     found = completion_scores(
-        headless, rollouts, temperature=TEMPERATURE, token_budget=64, autocast=torch.no_grad, topk=5
+        headless, rollouts, temperature=TEMPERATURE, token_budget=64, autocast=torch.no_grad, topk=TOPK
     )
     scores = TokenScores(
         sampled_logprobs=found.logprobs, temperature=TEMPERATURE, model_id="", topk_ids=found.topk_ids,
@@ -56,9 +64,13 @@ def rows(tokenizer):
     return concat_rows([scored, gold_rows(examples, range(5), PAD)], PAD)
 
 
-def update(tokenizer, rows, *, objective=OBJECTIVE, token_budget=10_000, max_grad_norm=1e9, seed=1):
+def update(
+    tokenizer, rows, *, objective=OBJECTIVE, token_budget=10_000, max_grad_norm=1e9, attention="eager",
+    teacher_logprobs=None,
+):  # fmt: skip
     """Gradients and figures of one update; the optimizer's rate is 0, so that weights stay."""
-    student = model(tokenizer, seed)
+    student = model(tokenizer, 1)
+    student.set_attn_implementation(attention)
     reference = frozen_copy(model(tokenizer, 7))
     grads: dict[str, torch.Tensor] = {}
 
@@ -69,10 +81,10 @@ def update(tokenizer, rows, *, objective=OBJECTIVE, token_budget=10_000, max_gra
 
     updater = Updater(
         HeadlessModel(student, VOCAB), Recording(student.parameters(), lr=0.0), objective, Accelerator(cpu=True),
-        temperature=TEMPERATURE, max_grad_norm=max_grad_norm, token_budget=token_budget, sequence_length=7,
-        reference=HeadlessModel(reference, VOCAB), teacher_head=HeadlessModel(model(tokenizer, 2), VOCAB).head,
+        temperature=TEMPERATURE, max_grad_norm=max_grad_norm, token_budget=token_budget, sequence_length=LENGTH,
+        reference=HeadlessModel(reference, VOCAB), teacher_head=HeadlessModel(teacher_of(tokenizer), VOCAB).head,
     )  # fmt: skip
-    return updater.update(rows, 0.0), grads
+    return updater.update(rows, 0.0, teacher_logprobs), grads
 
 
 WEIGHTS = ("distill_weight", "reward_weight", "reference_weight", "gold_weight")
@@ -275,3 +287,244 @@ def test_a_process_without_a_prompt_in_a_minibatch_brings_no_rows(rows):
     only_first = rows.select([row for row, prompt in enumerate(rows.group) if prompt == 0])
     dealt = minibatches(only_first, 5, OptimizerConfig(num_minibatches=5), key=[1])
     assert sorted(len(part) for part in dealt) == [0, 0, 0, 0, 3]
+
+
+# ---------------------------------------------------------------- every loss against the pure ones
+
+
+def sampled(**options):
+    return {"divergence": "sampled_reverse_kl", **options}
+
+
+SHAPES = {"jsd": {"beta": 0.3}, "mixed_kl": {"forward_weight": 0.7}}
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "mixed_kl")
+SUPPORTS = ("teacher_topk", "student_topk", "intersection", "union", "symmetric_difference")
+DISTILL = {
+    **{estimator: sampled(estimator=estimator) for estimator in ("clipped", "reinforce", "k2", "k3")},
+    "narrow clip": sampled(estimator="clipped", epsilon_low=0.05, epsilon_high=0.1),
+    "narrow gate": sampled(estimator="reinforce", gate_low=0.95, gate_high=1.1),
+    **{name: {"divergence": name, **SHAPES.get(name, {})} for name in DIVERGENCES},
+    **{
+        f"{name} {support} {tail}": {
+            "divergence": name, "support": support, "tail": tail, "topk": TOPK, **SHAPES.get(name, {})
+        }
+        for name in DIVERGENCES
+        for support in SUPPORTS
+        for tail in ("renormalise", "bucket")
+    },
+}  # fmt: skip
+SOME = ("clipped", "k2", "jsd", "reverse_kl teacher_topk renormalise", "forward_kl union bucket")
+AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum")
+
+
+@pytest.fixture
+def drifted(rows):
+    """The rows after the policy has moved on, with rewards, and with weights of 0, 0.5 and 1; one row has none."""
+    generator = torch.Generator().manual_seed(5)
+
+    def noise(std: float) -> torch.Tensor:
+        return torch.randn(rows.completion_ids.shape, generator=generator) * std * rows.rollout_mask
+
+    weight = torch.randint(3, rows.completion_ids.shape, generator=generator) / 2 * rows.rollout_mask
+    weight[4] = 0
+    old = rows.old_logprobs + noise(0.2)
+    return replace(
+        rows, old_logprobs=old, advantages=rows.teacher_logprobs - old, reward_advantages=noise(1.0),
+        distill_weight=weight,
+    )  # fmt: skip
+
+
+def naive_policy(settings, logprobs, old, advantages):
+    if settings.estimator == "reinforce":
+        return losses.reinforce_loss(logprobs, old, advantages, settings.gate_low, settings.gate_high)
+    return losses.clipped_policy_loss(logprobs, old, advantages, settings.epsilon_low, settings.epsilon_high)
+
+
+def naive_distill(settings, logits, teacher_logits, one):
+    """Losses [1, T] of one rollout in float64."""
+    logprobs = token_logprobs(logits, one.completion_ids, TEMPERATURE)
+    if settings.divergence == "sampled_reverse_kl":
+        if settings.estimator in ("k2", "k3"):
+            return losses.kl_penalty(logprobs, one.teacher_logprobs.double(), settings.estimator)
+        return naive_policy(settings, logprobs, one.old_logprobs.double(), one.advantages.double())
+    if settings.support != "full":
+        return losses.topk_divergence(
+            logits, teacher_logits, TOPK, settings.support, settings.divergence, settings.tail, settings.beta,
+            settings.forward_weight, TEMPERATURE,
+        )  # fmt: skip
+    if settings.divergence == "jsd":
+        return losses.jsd(logits, teacher_logits, settings.beta, TEMPERATURE)
+    if settings.divergence == "mixed_kl":
+        return losses.mixed_kl(logits, teacher_logits, settings.forward_weight, TEMPERATURE)
+    return getattr(losses, settings.divergence)(logits, teacher_logits, TEMPERATURE)
+
+
+def naive_reference(kind, logits, ref_logits, ids):
+    if kind == "exact":
+        return reverse_kl(logits, ref_logits, TEMPERATURE)
+    return losses.kl_penalty(*(token_logprobs(z, ids, TEMPERATURE) for z in (logits, ref_logits)), kind)
+
+
+def naive_aggregate(aggregation, losses_and_weights):
+    """Of (losses [1, T], weights [1, T]) of every row, as docs/losses.md has it."""
+    counted = [(loss[w > 0] * w[w > 0], int((w > 0).sum())) for loss, w in losses_and_weights if bool((w > 0).any())]
+    if aggregation == "token_mean":
+        return sum(loss.sum() for loss, _ in counted) / sum(number for _, number in counted)
+    if aggregation == "sequence_mean":
+        return sum(loss.sum() / number for loss, number in counted) / len(counted)
+    return sum(loss.sum() for loss, _ in counted) / (LENGTH * len(counted))
+
+
+def naive_update(tokenizer, rows, objective):
+    """Figures and gradients of the whole objective: float64, one unpadded sequence after the other, pure losses."""
+    student = model(tokenizer, 1).double()
+    teacher, reference = teacher_of(tokenizer).double(), model(tokenizer, 7).double()
+    found = {"distill": [], "reward": [], "reference": [], "gold": []}
+    for row in range(len(rows)):
+        one = rows.select([row])
+        logits = naive_logits(student, one)
+        if not one.rollout_mask.any():
+            found["gold"].append((-token_logprobs(logits, one.completion_ids), one.gold_weight.double()))
+            continue
+        with torch.no_grad():
+            teacher_logits, ref_logits = naive_logits(teacher, one), naive_logits(reference, one)
+        distill = naive_distill(objective.distill, logits, teacher_logits, one)
+        reward = naive_policy(
+            objective.distill, token_logprobs(logits, one.completion_ids, TEMPERATURE), one.old_logprobs.double(),
+            one.reward_advantages.double(),
+        )  # fmt: skip
+        tie = naive_reference(objective.reference.estimator, logits, ref_logits, one.completion_ids)
+        found["distill"].append((distill, one.distill_weight.double()))
+        found["reward"].append((reward, one.reward_weight.double()))
+        found["reference"].append((tie, one.reference_weight.double()))
+    coefs = {name: getattr(objective, name).coef for name in found if getattr(objective, name).coef > 0}
+    figures = {
+        f"loss/{name}": naive_aggregate(objective.aggregation, found[name])
+        if name != "gold"
+        else sum((loss * w).sum() for loss, w in found[name]) / sum(w.sum() for _, w in found[name])
+        for name in coefs
+    }
+    figures["loss"] = sum(coef * figures[f"loss/{name}"] for name, coef in coefs.items())
+    figures["loss"].backward()
+    grads = {name: p.grad.float() for name, p in student.named_parameters() if p.grad is not None}
+    return {name: value.item() for name, value in figures.items()}, grads
+
+
+def assert_equals_the_naive_one(tokenizer, rows, objective, **options):
+    figures, grads = update(tokenizer, rows, objective=objective, **options)
+    expected, naive = naive_update(tokenizer, rows, objective)
+    for name, value in expected.items():
+        assert figures[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    assert grads.keys() == naive.keys()
+    largest = max(float(grad.abs().max()) for grad in naive.values())
+    assert largest > 1e-3, "a gradient so small that everything equals it"
+    for name, grad in naive.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-4 * largest, msg=name)
+
+
+@pytest.mark.parametrize("name", DISTILL)
+def test_every_distillation_loss_is_the_pure_one_with_its_gradient(tokenizer, drifted, name):
+    objective = ObjectiveConfig(distill={"coef": 0.7, **DISTILL[name]})
+    assert_equals_the_naive_one(tokenizer, drifted, objective, token_budget=70)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("name", SOME)
+def test_every_aggregation_is_that_of_the_documents_for_all_terms_on_rollouts(tokenizer, drifted, name, aggregation):
+    objective = ObjectiveConfig(
+        distill={"coef": 0.7, **DISTILL[name]}, gold={"coef": 1.3}, reference={"coef": 0.4}, reward={"coef": 0.6},
+        aggregation=aggregation,
+    )  # fmt: skip
+    assert_equals_the_naive_one(tokenizer, drifted, objective, token_budget=70)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "k1", "k2", "k3"])
+def test_every_reference_estimator_is_the_pure_one_with_its_gradient(tokenizer, drifted, estimator):
+    objective = ObjectiveConfig(distill={"coef": 0.0}, reference={"coef": 0.4, "estimator": estimator})
+    assert_equals_the_naive_one(tokenizer, drifted, objective)
+
+
+@pytest.mark.parametrize("estimator", ["clipped", "reinforce"])
+def test_the_reward_term_is_the_policy_loss_of_the_distillations_estimator(tokenizer, drifted, estimator):
+    objective = ObjectiveConfig(distill={"coef": 0.0, "estimator": estimator}, reward={"coef": 0.6})
+    assert_equals_the_naive_one(tokenizer, drifted, objective)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("name", SOME)
+def test_micro_batches_of_any_size_and_packing_change_nothing_but_rounding(tokenizer, drifted, name, aggregation):
+    objective = ObjectiveConfig(
+        distill={"coef": 0.7, **DISTILL[name]}, gold={"coef": 1.3}, reference={"coef": 0.4}, reward={"coef": 0.6},
+        aggregation=aggregation,
+    )  # fmt: skip
+    whole = update(tokenizer, drifted, objective=objective)
+    assert_same(update(tokenizer, drifted, objective=objective, token_budget=1), whole)
+    assert_same(update(tokenizer, drifted, objective=objective, token_budget=60, attention="sdpa"), whole)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("name", SOME)
+def test_tokens_without_weight_are_as_good_as_cut_off(tokenizer, rows, name, aggregation):
+    """Means over tokens or rows; and the constant of a sum over sequences does not ask how many tokens there are."""
+    width = 4
+    weight = rows.distill_weight.clone()
+    weight[:10, width:] = 0
+    mask = rows.completion_mask.clone()
+    mask[:10, width:] = False
+    states = tuple(None if array is None else array[:width] for array in rows.teacher_states)
+    objective = ObjectiveConfig(distill={"coef": 0.7, **DISTILL[name]}, gold={"coef": 1.3}, aggregation=aggregation)
+    masked = update(tokenizer, replace(rows, distill_weight=weight), objective=objective)
+    cut = replace(rows, completion_mask=mask, distill_weight=weight, teacher_states=states)
+    assert_trained_alike(masked, update(tokenizer, cut, objective=objective))
+
+
+def test_a_sum_over_sequences_is_divided_by_the_constant_of_the_objective_before_that_of_the_rollouts(tokenizer, rows):
+    def loss(**options):
+        objective = ObjectiveConfig(aggregation="sequence_sum", **options)
+        return update(tokenizer, rows, objective=objective)[0]["loss/distill"]
+
+    assert loss(sequence_sum_length=2 * LENGTH) == pytest.approx(loss() / 2)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd", "reverse_kl union renormalise", "mixed_kl student_topk bucket"])
+@pytest.mark.parametrize("token_budget", [1, 60, 10_000])
+def test_what_the_teacher_gives_the_sampled_tokens_is_told_where_its_states_pass_by(
+    tokenizer, rows, name, token_budget
+):
+    shuffled = rows.select([11, 3, 0, 14, 9, 1, 2, 4, 10, 8, 7, 6, 5, 12, 13])
+    teacher_logprobs = torch.full_like(rows.teacher_logprobs[:10], torch.nan)
+    objective = ObjectiveConfig(distill=DISTILL[name], gold={"coef": 1.0})
+    update(tokenizer, shuffled, objective=objective, token_budget=token_budget, teacher_logprobs=teacher_logprobs)
+    mask = rows.completion_mask[:10]
+    torch.testing.assert_close(teacher_logprobs[mask], rows.teacher_logprobs[:10][mask], rtol=1e-4, atol=1e-4)
+    assert teacher_logprobs[~mask].isnan().all(), "padding is nobody's"
+
+
+@pytest.mark.parametrize("name", ["clipped", "reverse_kl teacher_topk renormalise"])
+def test_a_teacher_that_scored_the_tokens_itself_is_not_overruled(tokenizer, rows, name):
+    teacher_logprobs = torch.full_like(rows.teacher_logprobs[:10], torch.nan)
+    update(tokenizer, rows, objective=ObjectiveConfig(distill=DISTILL[name]), teacher_logprobs=teacher_logprobs)
+    assert teacher_logprobs.isnan().all()
+
+
+def test_the_teacher_is_heard_even_where_none_of_its_tokens_count(tokenizer, rows):
+    """As when every rollout is cut off and `truncated_weight` is 0: just then people look at the figures."""
+    nothing = replace(rows.select(range(10)), distill_weight=torch.zeros_like(rows.distill_weight[:10]))
+    teacher_logprobs = torch.zeros_like(nothing.teacher_logprobs)
+    objective = ObjectiveConfig(distill=DISTILL["reverse_kl"])
+    figures, grads = update(tokenizer, nothing, objective=objective, teacher_logprobs=teacher_logprobs)
+    assert figures["skipped_updates"] == 1.0
+    assert grads == {}, "the optimizer was not asked"
+    assert figures["entropy"] > 0
+    assert "loss/distill" not in figures
+    torch.testing.assert_close(teacher_logprobs, nothing.teacher_logprobs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("term", ["distill", "reference", "gold"])
+def test_a_term_of_which_no_token_counts_leaves_the_others_as_they_are(tokenizer, rows, term):
+    weight = torch.zeros_like(getattr(rows, f"{term}_weight"))
+    figures, grads = update(tokenizer, replace(rows, **{f"{term}_weight": weight}))
+    off = OBJECTIVE.model_copy(update={term: getattr(OBJECTIVE, term).model_copy(update={"coef": 0.0})})
+    expected, others = update(tokenizer, rows, objective=off)
+    assert f"loss/{term}" not in figures
+    assert_trained_alike((figures, grads), (expected, others))

@@ -493,6 +493,22 @@ def test_answers_are_made_text(chatml):
     assert [example.answer for example in load(rows, chatml)] == ["42", "0", "x", None]
 
 
+def test_required_answers_that_are_nowhere_are_refused_with_how_to_do_without(chatml):
+    message = refusal(load, [{"prompt": "q", "anwser": "a"}], chatml, require_answer=True)
+    assert "rows: no answers to reward: no row has a column 'answer'" in message
+    assert "did you mean 'anwser'?" in message
+    assert "Set data.answer_column" in message
+    assert "objective.reward.coef=0" in message
+
+
+def test_required_answers_that_some_rows_lack_are_refused_and_empty_ones_are_answers(chatml):
+    rows = [{"prompt": "q", "answer": ""}, {"prompt": "q", "answer": None}, {"prompt": "q"}]
+    message = refusal(load, rows, chatml, require_answer=True)
+    assert message.startswith("rows, row 2: no answer in the column 'answer', which the reward needs; 2 of 3 rows")
+    assert "objective.reward.coef=0" in message
+    assert load(rows[:1], chatml, require_answer=True)[0].answer == ""
+
+
 @pytest.mark.parametrize("option", ["answer_column", "gold_weights_column"])
 def test_a_column_that_was_asked_for_by_name_must_exist(chatml, option):
     message = refusal(load, [{"prompt": "q", "solution": 1}], chatml, **{option: "solutoin"})
