@@ -10,8 +10,8 @@ Float32, AdamW, no gradient checkpointing, no evaluation, no checkpoint, next to
   "uniform" is all 256, so that nothing is padding. They are forced as in `rollout.py`: each token that is generated
   is one less than the one before it, and 0 ends. The hook that does it acts on a forward pass of the whole model
   without gradients, which is how both sides generate. Training passes are not touched: the hook does nothing where a
-  gradient is recorded or no cache is used, and the teacher has none. The learning rate is 1e-9. What each side has read and written in
-  each step is compared with what it should have, token by token.
+  gradient is recorded or no cache is used, and the teacher has none. The learning rate is 1e-9. What each side has
+  read and written in each step is compared with what it should have, token by token.
 - TRL runs at its fastest: its 64 rollouts are cut into micro-batches of 8, 16 and 64, each setting makes a step, after
   a warm-up, and the fastest is measured. One choice serves both kinds of lengths, as TRL computes the same rectangle
   for both. Ours has micro-batches
