@@ -9,19 +9,22 @@ from typing import Any
 from stableopd.runfolder import RunRecord
 
 ALIASES = {"objective.gold.coef": "lambda_gold", "objective.reference.coef": "beta_kl"}
+_PLAIN = "sampled_reverse_kl"
+"""The divergence of plain OPD, which goes without saying."""
 NOT_COMPARED = ("output_dir", "logging", "run_name")
 """Settings that differ between any two runs and change nothing in them."""
 
 
 def method(config: Mapping[str, Any]) -> str:
-    """Method and coefficients: `stableopd · distill 1 · gold 1 · reference 0.1`."""
+    """Method and coefficients: `stableopd · distill 1 (reverse_kl) · gold 1 · reference 0.1`."""
     flat = flatten(config)
     terms = [str(flat.get("method", "method unknown"))]
     for term in ("distill", "gold", "reference", "reward"):
         key = f"objective.{term}.coef"
         coef = flat.get(key, flat.get(ALIASES.get(key, key)))
+        divergence = flat.get(f"objective.{term}.divergence", _PLAIN)
         if coef is not None:
-            terms.append(f"{term} {show(coef)}")
+            terms.append(f"{term} {show(coef)}" + ("" if divergence == _PLAIN else f" ({divergence})"))
     return " · ".join(terms)
 
 
