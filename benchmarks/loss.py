@@ -1,6 +1,6 @@
 """The fused losses against full logits and against TRL's chunked functions: time and peak memory.
 
-    python benchmarks/loss.py [--quick] [--repeats 3]
+    python benchmarks/loss.py [--quick] [--repeats 3] [--tokens 2048,8192]
 
 One forward and one backward pass of a loss of N tokens, from hidden states [N, H] to the gradients of states and head:
 
@@ -234,9 +234,9 @@ def ratio(found: dict[str, dict[str, list[float]]], side: str, key: str) -> floa
     )
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(quick: bool, tokens: list[int]) -> list[Case]:
     vocab, width = (32_768, 256) if quick else (151_936, 896)
-    sizes = (512, 2_048) if quick else (2_048, 8_192)
+    sizes = tokens or ([512, 2_048] if quick else [2_048, 8_192])
     return [Case(kind, dtype, n, vocab, width) for dtype in DTYPES for n in sizes for kind in SIDES]
 
 
@@ -257,6 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small vocabulary, one turn")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", default="", help="numbers of tokens, in place of 2048,8192")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--one", nargs=7, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -267,7 +268,7 @@ def main() -> None:
     console = Console(stderr=True)
     table = Table("loss", "side", "seconds", "peak (MiB)", "time, ours / theirs", "peak, ours / theirs")
     all_found: dict[Case, dict[str, dict[str, list[float]]]] = {}
-    for case in cases(options.quick):
+    for case in cases(options.quick, [int(number) for number in options.tokens.split(",") if number]):
         found = run_case(case, 1 if options.quick else options.repeats, options.device, console)
         all_found[case] = found
         for side in found:

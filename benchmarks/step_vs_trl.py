@@ -1,6 +1,6 @@
 """A whole training step of `StableOPDTrainer` against one of TRL's `DistillationTrainer`: speed, phases, memory.
 
-    python benchmarks/step_vs_trl.py [--quick] [--sizes 2M-8M,20M-80M] [--device cpu]
+    python benchmarks/step_vs_trl.py [--quick] [--sizes 2M-8M,20M-80M] [--lengths uniform] [--repeats 5] [--device cpu]
 
 Both train the same student (random weights, tied head) under the same teacher on the same 64 prompts of 16 tokens,
 one rollout each, up to 256 new tokens at temperature 1, and minimise the reverse KL over the whole vocabulary.
@@ -49,7 +49,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Protocol
@@ -541,7 +541,8 @@ def summary(results: list[Result]) -> dict[str, Any]:
         figures = by_pair[result.case.pair.name]
         figures[result.case.lengths_name] = round(result.speed_ratio, 2)
         figures["peak_memory"] = max(figures.get("peak_memory", 0.0), round(result.peak_ratio, 2))
-    overall = {key: round(statistics.median(pair[key] for pair in by_pair.values()), 2) for key in LENGTHS}
+    measured = [key for key in LENGTHS if all(key in pair for pair in by_pair.values())]
+    overall = {key: round(statistics.median(pair[key] for pair in by_pair.values()), 2) for key in measured}
     peak = max(pair["peak_memory"] for pair in by_pair.values())
     return {**overall, "peak_memory": peak, "cases": by_pair}
 
@@ -552,8 +553,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", default=",".join(PAIRS), help="student-teacher pairs, of: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peak-of", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--lengths", choices=LENGTHS, help=argparse.SUPPRESS)
-    parser.add_argument("--trl-batch-size", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--lengths", choices=LENGTHS, help="one distribution of lengths only")
+    parser.add_argument("--trl-batch-size", type=int, help="rows of TRL's micro-batches, in place of the search")
+    parser.add_argument("--repeats", type=int, help="pairs of steps, in place of 5 (smaller pair) and 2 (larger pair)")
     arguments = parser.parse_args()
     arguments.sizes = [next(iter(PAIRS))] if arguments.quick else arguments.sizes.split(",")
     unknown = [name for name in arguments.sizes if name not in PAIRS]
@@ -581,9 +583,12 @@ def main() -> None:
     with rollout.quiet():
         for name in arguments.sizes:
             of_pair = cases([name], arguments.quick)
-            batch_size = fastest_trl_batch_size(of_pair[0], arguments.device, console)
+            found = arguments.trl_batch_size or fastest_trl_batch_size(of_pair[0], arguments.device, console)
             for case in of_pair:
-                results.append(measure(case, batch_size, arguments, console))
+                if arguments.lengths not in (None, case.lengths_name):
+                    continue
+                case = replace(case, repeats=arguments.repeats or case.repeats)
+                results.append(measure(case, found, arguments, console))
                 Console(width=140).print(table_of(results[-1]))
     print(json.dumps(summary(results)))
 
