@@ -13,9 +13,8 @@ Float32, AdamW, no gradient checkpointing, no evaluation, no checkpoint, next to
   gradient is recorded or no cache is used, and the teacher has none. The learning rate is 1e-9. What each side has
   read and written in each step is compared with what it should have, token by token.
 - TRL runs at its fastest: its 64 rollouts are cut into micro-batches of 8, 16 and 64, each setting makes a step, after
-  a warm-up, and the fastest is measured. One choice serves both kinds of lengths, as TRL computes the same rectangle
-  for both. Ours has micro-batches
-  of as many tokens as TRL's of 8 rows, and its defaults otherwise.
+  a warm-up, and the fastest is measured; they often tie. One choice serves both kinds of lengths, as TRL computes the
+  same rectangle for both. Ours has micro-batches of as many tokens as TRL's of 8 rows, and its defaults otherwise.
 - Sides take turns in one process, after a warm-up. Speed is completion tokens, end tokens included, by the wall time of
   a whole step; for TRL from its fetching of prompts to its `on_step_end`, so that the overhead of calling `train()` for
   each turn is left out; for ours all of `train_step` with a run folder open. The ratio is a median over pairs of steps.
@@ -25,8 +24,9 @@ Float32, AdamW, no gradient checkpointing, no evaluation, no checkpoint, next to
   backbone, on both sides; its head belongs to the loss. "health" is our monitor. "update" is all the rest: loss,
   student forward and backward, optimizer.
 - Peak memory is that of a step alone: each side in a process of its own, after one step (models, optimizer state and
-  libraries are there), how far the second step's peak lies above where it began. On a CPU that is resident memory
-  (VmHWM after a reset, and VmRSS after `malloc_trim`), on a GPU what torch has allocated.
+  libraries are there), how far the second step's peak lies above where it began. TRL's micro-batches are then of 8
+  rows, where it needs the least, whichever size is fastest: no advantage of ours hangs on that choice. On a CPU that is
+  resident memory (VmHWM after a reset, and VmRSS after `malloc_trim`), on a GPU what torch has allocated.
 
 Prints a table, and as its last line one JSON object: "heavy_tail" and "uniform" are their time by ours (more is
 better), medians over sizes; "peak_memory" is ours by theirs (less is better), the largest over cases.
@@ -72,15 +72,13 @@ from transformers import (
 )
 
 import rollout
-from rollout import END
+from rollout import END, PROMPT_LENGTH
 from stableopd import StableOPDConfig, StableOPDTrainer
 from stableopd.config_files import dump_config
 from stableopd.recorder import RunRecorder
 
 NUM_ROLLOUTS = 64
 LEARNING_RATE = 1e-9
-MICRO_BATCH_TOKENS = 2_176
-"""Ours: the tokens of 8 rows of TRL's rectangle, its fastest setting here."""
 DIVERGENCE = "reverse_kl"
 LENGTHS = ("heavy_tail", "uniform")
 SIDES = ("TRL", "stableopd")
@@ -159,6 +157,11 @@ class Case:
     @property
     def rows(self) -> list[dict[str, str]]:
         return [{"prompt": " ".join(f"t{token}" for token in ids)} for ids in self.prompts]
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Ours: the tokens of TRL's smallest micro-batch."""
+        return min(TRL_BATCH_SIZES) * (PROMPT_LENGTH + self.budget)
 
     @property
     def num_tokens(self) -> int:
@@ -359,7 +362,7 @@ class Ours:
                 "temperature": 1.0,
             },
             objective={"distill": {"coef": 1.0, "divergence": DIVERGENCE}},
-            optimizer={"learning_rate": LEARNING_RATE, "micro_batch_tokens": MICRO_BATCH_TOKENS},
+            optimizer={"learning_rate": LEARNING_RATE, "micro_batch_tokens": case.micro_batch_tokens},
             checkpoint={"every_steps": NEVER},
             logging={"num_rollouts": 0},
             max_steps=NEVER,
@@ -444,9 +447,9 @@ def peak_of_a_step(side: Side, device: str) -> int:
     return peak.rise()
 
 
-def peak_in_own_process(side: str, case: Case, arguments: argparse.Namespace, batch_size: int) -> int:
+def peak_in_own_process(side: str, case: Case, arguments: argparse.Namespace) -> int:
     command = [sys.executable, __file__, "--peak-of", side, "--sizes", case.pair.name, "--lengths", case.lengths_name]
-    command += ["--device", arguments.device, "--trl-batch-size", str(batch_size)]
+    command += ["--device", arguments.device, "--trl-batch-size", str(min(TRL_BATCH_SIZES))]
     command += ["--quick"] if arguments.quick else []
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
@@ -505,7 +508,7 @@ def measure(case: Case, batch_size: int, arguments: argparse.Namespace, console:
     del trl, ours, sides
     gc.collect()
     console.print(f"[dim]{case.name}: peak memory[/dim]")
-    peaks = {side: peak_in_own_process(side, case, arguments, batch_size) for side in SIDES}
+    peaks = {side: peak_in_own_process(side, case, arguments) for side in SIDES}
     measured = {side: taken[1:] for side, taken in steps.items()}
     return Result(case=case, trl_batch_size=batch_size, steps=measured, peaks=peaks)
 
