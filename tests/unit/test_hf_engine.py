@@ -380,6 +380,21 @@ def test_tokens_are_drawn_from_the_truncated_distribution(top_k: int, top_p: flo
     assert torch.equal(fractions > 0, expected > 2e-4) or (expected[fractions == 0] < 1e-4).all()
 
 
+def test_a_draw_from_a_large_vocabulary_follows_the_whole_distribution_function() -> None:
+    """Blocks of ids that are full, empty, and cut short by the end of the vocabulary."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(256 * 3 + 77, generator=generator) * 3
+    logits[256:512] = float("-inf")
+    logits[torch.rand(len(logits), generator=generator) < 0.3] = float("-inf")
+    grid = uniform_grid(30_000)
+    ids, logprobs = draw_tokens(logits.expand(len(grid), -1), Sampling(max_new_tokens=1), grid)
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    below = torch.cat([torch.zeros(1), cdf])[ids]
+    assert ((below - 1e-6 <= grid) & (grid <= cdf[ids] + 1e-6)).all()
+    assert logits[ids].isfinite().all()
+    torch.testing.assert_close(logprobs.double(), logits.double().log_softmax(-1)[ids], atol=1e-6, rtol=1e-6)
+
+
 def test_of_equally_likely_ids_the_lower_ones_stay() -> None:
     flat = torch.zeros(8)
     assert drawn_fractions(flat, Sampling(max_new_tokens=1, top_k=3)).nonzero().squeeze(1).tolist() == [0, 1, 2]

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from stableopd.types import Sampling
 
 _DRAWS_AT_A_TIME = 64
 """Tokens per refill of a row's random numbers."""
+
+_BLOCK = 256
+"""Ids whose mass is added up in float32 before the distribution function goes on in float64."""
 
 
 def draw_tokens(logits: Tensor, sampling: Sampling, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -24,21 +28,20 @@ def draw_tokens(logits: Tensor, sampling: Sampling, uniforms: Tensor | None) -> 
             likely ids the lower ones stay.
         uniforms: [b] in [0, 1), one per row; the draw is the inverse of the distribution function there.
 
-    Numerics: softmax in float32, distribution function in float64. An id of probability zero is never drawn.
+    Numerics: softmax in float32, distribution function in float64 over blocks of ids. An id of probability zero is never drawn.
     """
     scaled = logits.float()
     if sampling.logprob_temperature != 1.0:
         scaled = scaled / sampling.logprob_temperature
-    logprobs = scaled.log_softmax(dim=-1)
+    probs = scaled.softmax(dim=-1)
     if uniforms is None:
         ids = scaled.argmax(dim=-1)
     elif sampling.top_k > 0 or sampling.top_p < 1:
         order = scaled.argsort(dim=-1, descending=True, stable=True)
-        probs = truncate(logprobs.gather(1, order).exp(), sampling)
-        ids = order.gather(1, _inverse_cdf(probs, uniforms)[:, None]).squeeze(1)
+        ids = order.gather(1, _inverse_cdf(truncate(probs.gather(1, order), sampling), uniforms)[:, None]).squeeze(1)
     else:
-        ids = _inverse_cdf(logprobs.exp(), uniforms)
-    return ids, logprobs.gather(1, ids[:, None]).squeeze(1)
+        ids = _inverse_cdf(probs, uniforms)
+    return ids, probs.gather(1, ids[:, None]).squeeze(1).log()
 
 
 def truncate(probs: Tensor, sampling: Sampling) -> Tensor:
@@ -52,9 +55,22 @@ def truncate(probs: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """The first id [b] at which the distribution function of `probs` [b, V] exceeds `uniforms` [b] of its total."""
-    cdf = probs.cumsum(dim=-1, dtype=uniforms.dtype)
-    ids = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).clamp(max=probs.shape[-1] - 1)
+    """The first id [b] at which the distribution function of `probs` [b, V] exceeds `uniforms` [b] of its total.
+
+    Looks for the block of ids first, then in the block: the whole function is never formed, which would cost
+    more than the softmax.
+    """
+    short = -probs.shape[-1] % _BLOCK
+    blocks = F.pad(probs, (0, short)) if short else probs
+    blocks = blocks.unflatten(-1, (-1, _BLOCK))
+    until = blocks.sum(dim=-1).cumsum(dim=-1, dtype=uniforms.dtype)
+    target = uniforms[:, None] * until[:, -1:]
+    block = torch.searchsorted(until, target, right=True).clamp(max=until.shape[-1] - 1)
+    before = F.pad(until, (1, 0)).gather(1, block)
+    fraction = (target - before) / (until.gather(1, block) - before)  # of the block: its sum in float32 is not exact
+    inside = blocks.take_along_dim(block[:, :, None], dim=1).squeeze(1).cumsum(dim=-1, dtype=uniforms.dtype)
+    ids = block * _BLOCK + torch.searchsorted(inside, fraction * inside[:, -1:], right=True)
+    ids = ids.clamp(max=probs.shape[-1] - 1)
     possible = probs.gather(1, ids) > 0  # rounding may lead past the last possible id, or onto a step of height 0
     if not bool(possible.all()):
         ids = ids.where(possible, probs.argmax(dim=-1, keepdim=True))
