@@ -25,18 +25,26 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Each parameter's gradient becomes the sum over all processes; a process without one brings zeros.
 
     All processes must pass the same parameters in the same order. A parameter that has no gradient anywhere
-    gets zeros. Nothing happens in a single process.
+    keeps none, as in a single process, so that no optimizer decays it. Nothing happens in a single process.
     """
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return
-    for parameter in parameters:
-        if parameter.grad is None:
+    for parameter, holders in zip(parameters, _holders(parameters), strict=True):
+        if holders and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     for bucket in _buckets([parameter.grad for parameter in parameters if parameter.grad is not None]):
         flat = torch.cat([array.reshape(-1) for array in bucket])
         dist.all_reduce(flat)
         for array, piece in zip(bucket, flat.split([array.numel() for array in bucket]), strict=True):
             array.copy_(piece.view_as(array))
+
+
+def _holders(parameters: Sequence[nn.Parameter]) -> list[int]:
+    """How many processes have a gradient of each parameter."""
+    device = parameters[0].device if parameters else "cpu"
+    counts = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32, device=device)
+    dist.all_reduce(counts)
+    return counts.tolist()  # type: ignore[no-any-return]
 
 
 def _buckets(arrays: Iterable[Tensor]) -> Iterable[list[Tensor]]:

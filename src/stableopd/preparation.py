@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, LoggerType
@@ -34,10 +33,12 @@ class RunData:
     held_out: list[Example]
 
     def digest(self) -> str:
-        """A short digest of all prompts and golden solutions, in their order."""
+        """A short digest of all that training reads, in its order: prompts, gold, answers, the gold pool."""
         digest = hashlib.blake2b(digest_size=12)
-        for example in self.stream.examples:
-            digest.update(np.array([*example.prompt_ids, -1, *(example.gold_ids or ())], dtype=np.int64).tobytes())
+        pool = self.gold_pool.examples if self.gold_pool else ()
+        for example in (*self.stream.examples, None, *pool):
+            parts = example and (example.prompt_ids, example.gold_ids, example.gold_weights, example.answer)
+            digest.update(repr(parts).encode())
         return digest.hexdigest()
 
     def gold(self, step: int, examples: list[Example]) -> list[Example]:

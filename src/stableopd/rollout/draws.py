@@ -28,7 +28,8 @@ def draw_tokens(logits: Tensor, sampling: Sampling, uniforms: Tensor | None) -> 
             likely ids the lower ones stay.
         uniforms: [b] in [0, 1), one per row; the draw is the inverse of the distribution function there.
 
-    Numerics: softmax in float32, distribution function in float64 over blocks of ids. An id of probability zero is never drawn.
+    Numerics: softmax in float32, distribution function in float64 over blocks of ids. An id of probability
+        zero is never drawn.
     """
     scaled = logits.float()
     if sampling.logprob_temperature != 1.0:
