@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stableopd.health.signals import loop_mask
+from stableopd.health.loops import loop_mask
 from stableopd.losses import (
     clamp_advantages,
     compress_advantages,

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "stableopd"
 
 LAYERS = (
     {"errors", "types"},
-    {"tokens", "reading", "vocabulary", "health.signals", "objective", "distributed"}
+    {"tokens", "reading", "vocabulary", "health.loops", "health.signals", "objective", "distributed"}
     | {"losses", "losses._numerics", "losses.divergences", "losses.supports", "losses.policy", "losses.shaping"}
     | {"losses.rewards", "losses.reduction"},
     {"attention"},
@@ -44,7 +44,16 @@ LAYERS = (
     {"cli", "__main__", "__init__"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-WITHOUT_TORCH = ("health.signals", "health.rules", "health.monitor", "health.verdict", "report", "runfolder", "plots")
+WITHOUT_TORCH = (
+    "health.loops",
+    "health.signals",
+    "health.rules",
+    "health.monitor",
+    "health.verdict",
+    "report",
+    "runfolder",
+    "plots",
+)
 
 
 def modules() -> dict[str, Path]:

@@ -8,7 +8,6 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stableopd.health import (
@@ -18,10 +17,7 @@ from stableopd.health import (
     compression_ratio,
     is_repetitive,
     length_stats,
-    loop_mask,
-    loop_spans,
     measure_rollouts,
-    repeated_token_mask,
     repetition_rate,
     truncation_rate,
 )
@@ -40,21 +36,6 @@ SEQUENCES = st.one_of(
         st.lists(st.integers(0, 3), max_size=8),
     ),
 )
-
-
-def brute_force_loops(ids: list[int], max_period: int, min_repeats: int, min_tokens: int) -> list[bool]:
-    mask = [False] * len(ids)
-    for period in range(1, max_period + 1):
-        for start in range(len(ids)):
-            for end in range(start + max(period * min_repeats, min_tokens), len(ids) + 1):
-                if all(ids[t] == ids[t - period] for t in range(start + period, end)):
-                    mask[start:end] = [True] * (end - start)
-    return mask
-
-
-def brute_force_repeats(ids: list[int], ngram: int) -> list[bool]:
-    grams = [tuple(ids[end - ngram + 1 : end + 1]) if end >= ngram - 1 else None for end in range(len(ids))]
-    return [gram is not None and gram in grams[:end] for end, gram in enumerate(grams)]
 
 
 class TestCompressionRatio:
@@ -118,85 +99,6 @@ class TestTruncationRate:
     def test_refuses_a_reason_it_does_not_know(self) -> None:
         with pytest.raises(ValueError, match="max_tokens"):
             truncation_rate(["stop", "max_tokens"])
-
-
-class TestLoopMask:
-    @settings(max_examples=400, deadline=None)
-    @given(SEQUENCES, st.integers(1, 8), st.integers(2, 4), st.integers(0, 12))
-    def test_equals_brute_force(self, ids: list[int], max_period: int, min_repeats: int, min_tokens: int) -> None:
-        expected = brute_force_loops(ids, max_period, min_repeats, min_tokens)
-        assert loop_mask(ids, max_period, min_repeats, min_tokens).tolist() == expected
-
-    def test_finds_a_long_period_in_a_long_sequence(self) -> None:
-        rng = np.random.default_rng(0)
-        head, cycle = rng.integers(0, 50_000, 1000), rng.integers(0, 50_000, 512)
-        ids = np.concatenate([head, np.tile(cycle, 4)])
-        expected = np.arange(len(ids)) >= 1000
-        np.testing.assert_array_equal(loop_mask(ids), expected)
-        assert not loop_mask(ids, max_period=511).any()
-
-    def test_a_partial_last_turn_belongs_to_the_loop(self) -> None:
-        assert loop_spans([9, *[1, 2, 3, 4, 5, 6] * 3, 1, 2, 7]) == [(1, 21)]
-
-    def test_three_turns_of_a_toy_cycle_are_a_loop_and_two_are_not(self) -> None:
-        assert loop_mask(TOY_CYCLE * 3).all()
-        assert not loop_mask(TOY_CYCLE * 2 + "1368").any()
-
-    def test_a_few_equal_tokens_are_no_loop_by_default(self) -> None:
-        assert not loop_mask([1] * 15).any()
-        assert loop_mask([1] * 16).all()
-        assert loop_mask([1] * 3, min_tokens=0).all()
-
-    @pytest.mark.parametrize("ids", [[], [5], [5, 5], np.array([], dtype=np.int64)])
-    def test_short_sequences_hold_no_loop(self, ids: list[int]) -> None:
-        mask = loop_mask(ids)
-        assert mask.dtype == np.bool_
-        assert mask.tolist() == [False] * len(ids)
-
-    def test_reads_text_by_code_point_with_lone_surrogates(self) -> None:
-        assert loop_spans("🙂" + "é\ud800x" * 6) == [(1, 19)]
-
-    @pytest.mark.parametrize("bad", [{"max_period": 0}, {"min_repeats": 1}])
-    def test_refuses_meaningless_settings(self, bad: dict[str, int]) -> None:
-        with pytest.raises(ValueError, match="min_repeats"):
-            loop_mask([1, 2, 3], **bad)
-
-    def test_refuses_a_batch(self) -> None:
-        with pytest.raises(ValueError, match=r"shape \(2, 3\)"):
-            loop_mask(np.zeros((2, 3), dtype=int))
-
-    def test_spans_are_the_stretches_of_the_mask(self) -> None:
-        ids = [*[7] * 20, 1, 2, *[3, 4] * 10]
-        spans = loop_spans(ids)
-        assert spans == [(0, 20), (22, 42)]
-        assert [t for start, end in spans for t in range(start, end)] == np.flatnonzero(loop_mask(ids)).tolist()
-
-    def test_spans_of_nothing_are_none(self) -> None:
-        assert loop_spans([]) == []
-
-
-class TestRepeatedTokenMask:
-    @settings(max_examples=300, deadline=None)
-    @given(SEQUENCES, st.integers(1, 9))
-    def test_equals_brute_force(self, ids: list[int], ngram: int) -> None:
-        assert repeated_token_mask(ids, ngram).tolist() == brute_force_repeats(ids, ngram)
-
-    def test_sees_a_quotation_that_is_no_loop(self) -> None:
-        ids = [*range(10), 99, *range(10)]
-        assert np.flatnonzero(repeated_token_mask(ids)).tolist() == [18, 19, 20]
-        assert not loop_mask(ids).any()
-
-    @pytest.mark.parametrize("ids", [[], [5], [5] * 8])
-    def test_the_first_ngram_is_never_repeated(self, ids: list[int]) -> None:
-        assert repeated_token_mask(ids).tolist() == [False] * len(ids)
-
-    def test_negative_and_huge_ids_are_told_apart(self) -> None:
-        ids = [-1, 2**62, -1, 2**62, -1]
-        assert repeated_token_mask(ids, ngram=2).tolist() == [False, False, False, True, True]
-
-    def test_refuses_an_empty_ngram(self) -> None:
-        with pytest.raises(ValueError, match="ngram"):
-            repeated_token_mask([1, 2], ngram=0)
 
 
 class TestLengthStats:

@@ -1,5 +1,15 @@
 """Health of on-policy distillation: how long, how repetitive, how truncated the rollouts are. Needs no torch."""
 
+from stableopd.health.loops import (
+    Loop,
+    TokenClasses,
+    classify_tokens,
+    find_loops,
+    loop_mask,
+    loop_spans,
+    near_loop_mask,
+    repeated_token_mask,
+)
 from stableopd.health.monitor import HealthMonitor, MonitorSettings
 from stableopd.health.signals import (
     LengthWarning,
@@ -9,10 +19,7 @@ from stableopd.health.signals import (
     compression_ratio,
     is_repetitive,
     length_stats,
-    loop_mask,
-    loop_spans,
     measure_rollouts,
-    repeated_token_mask,
     repetition_rate,
     token_fraction,
     truncation_rate,
@@ -22,18 +29,23 @@ from stableopd.health.verdict import Verdict, judge_run
 __all__ = [
     "HealthMonitor",
     "LengthWarning",
+    "Loop",
     "MonitorSettings",
     "SequenceLengths",
+    "TokenClasses",
     "Verdict",
     "advantage_by_class",
     "check_sequence_length",
+    "classify_tokens",
     "compression_ratio",
+    "find_loops",
     "is_repetitive",
     "judge_run",
     "length_stats",
     "loop_mask",
     "loop_spans",
     "measure_rollouts",
+    "near_loop_mask",
     "repeated_token_mask",
     "repetition_rate",
     "token_fraction",

@@ -14,19 +14,21 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from stableopd.health.loops import (
+    MAX_PERIOD,
+    MIN_LOOP_TOKENS,
+    MIN_REPEATS,
+    NGRAM,
+    BoolArray,
+    classify_tokens,
+)
 from stableopd.types import FinishReason
 
 TAIL_CHARS = 10_000
 COMPRESSION_THRESHOLD = 10.0
-MAX_PERIOD = 512
-MIN_REPEATS = 3
-MIN_LOOP_TOKENS = 16
-NGRAM = 8
 
 TRUNCATED_REASONS = frozenset({"length", "loop"})
 """The budget ran out, or would have: a loop that was cut short never reached an end token either."""
-
-BoolArray = NDArray[np.bool_]
 
 
 class LengthWarning(UserWarning):
@@ -138,74 +140,6 @@ def check_sequence_length(sequences: Iterable[Sized], max_expected_length: int) 
     return found
 
 
-# ------------------------------------------------------------------------------------ loops
-
-
-def loop_mask(
-    token_ids: ArrayLike | str,
-    max_period: int = MAX_PERIOD,
-    min_repeats: int = MIN_REPEATS,
-    min_tokens: int = MIN_LOOP_TOKENS,
-) -> BoolArray:
-    """Which tokens lie in a loop, [T] bool.
-
-    Definition: a loop is a stretch of tokens x_a .. x_b with x_t = x_{t-p} throughout for some period
-    p <= max_period, that holds at least `min_repeats` periods (the first one counts) and at least
-    `min_tokens` tokens. Exact: no token is missed and none is added. A string is read character by
-    character.
-
-    Args: `min_tokens` keeps "111" or a row of dashes from being a loop; 16 also lets three turns of a
-    six-token cycle count. With min_tokens=0 the number of repeats decides alone.
-    Raises: max_period < 1, min_repeats < 2, or not one-dimensional -> ValueError.
-    Numerics: O(T) memory. Periods that cannot hold a loop are dismissed on a few sampled positions.
-    """
-    if max_period < 1 or min_repeats < 2:
-        raise ValueError(f"need max_period >= 1 and min_repeats >= 2, got {max_period} and {min_repeats}.")
-    ids = _as_ids(token_ids)
-    steps = np.zeros(len(ids) + 1, dtype=np.int64)
-    for period in range(1, min(max_period, len(ids) // min_repeats) + 1):
-        shortest = max(period * (min_repeats - 1), min_tokens - period)
-        starts, stops = _matching_runs(ids, period, shortest)
-        steps[starts] += 1
-        steps[stops + period] -= 1
-    mask: BoolArray = np.cumsum(steps[:-1]) > 0
-    return mask
-
-
-def loop_spans(
-    token_ids: ArrayLike | str,
-    max_period: int = MAX_PERIOD,
-    min_repeats: int = MIN_REPEATS,
-    min_tokens: int = MIN_LOOP_TOKENS,
-) -> list[tuple[int, int]]:
-    """Stretches of looping tokens as half-open (start, end) positions, in order; see `loop_mask`.
-
-    Loops that touch or overlap come as one span.
-    """
-    mask = loop_mask(token_ids, max_period, min_repeats, min_tokens)
-    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).tolist()
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def repeated_token_mask(token_ids: ArrayLike | str, ngram: int = NGRAM) -> BoolArray:
-    """Which tokens end an n-gram that had already ended at an earlier token of the sequence, [T] bool.
-
-    Milder than `loop_mask`: it also sees repeats with other text in between, quotations included.
-    The first occurrence is not repeated, and the first `ngram` tokens never are. Exact, not hashed.
-    Raises: ngram < 1, or not one-dimensional -> ValueError.
-    """
-    if ngram < 1:
-        raise ValueError(f"ngram must be at least 1 token, got {ngram}.")
-    ids = _as_ids(token_ids)
-    mask = np.zeros(len(ids), dtype=np.bool_)
-    if len(ids) <= ngram:
-        return mask
-    mask[ngram - 1 :] = True
-    _, firsts = np.unique(_number_ngrams(ids, ngram), return_index=True)
-    mask[firsts + ngram - 1] = False
-    return mask
-
-
 # ------------------------------------------------------------------------------------ advantages
 
 
@@ -268,7 +202,8 @@ def measure_rollouts(
     """Every health figure that the given columns allow, by metric key. No rollouts -> {}.
 
     Always: `completions/*` of `length_stats`. With texts: `health/repetition_rate`. With token ids:
-    `health/loop_token_fraction`, `health/repeated_token_fraction`. With advantages on top:
+    `health/loop_token_fraction`, `health/near_loop_token_fraction` (loops with a changing part, no exact ones),
+    `health/repeated_token_fraction`. With advantages on top:
     `health/advantage_{loop,other}` and `health/loop_update_share`, split by `loop_mask`, and
     `health/advantage_{repeated,fresh}` and `health/repeated_update_share`, split by
     `repeated_token_mask`, which sees repetition build up before it is a loop.
@@ -308,9 +243,12 @@ def advantage_figures(
     ngram: int = NGRAM,
 ) -> dict[str, float]:
     """The part of `measure_rollouts` that is about tokens: their shares by class, and who gets the advantage."""
-    loops = [loop_mask(ids, max_period, min_repeats, min_loop_tokens) for ids in token_ids]
-    repeats = [repeated_token_mask(ids, ngram) for ids in token_ids]
-    return _class_figures(loops, advantages, "loop", "other") | _class_figures(repeats, advantages, "repeated", "fresh")
+    classes = [classify_tokens(ids, max_period, min_repeats, min_loop_tokens, ngram) for ids in token_ids]
+    return (
+        _class_figures([found.loop for found in classes], advantages, "loop", "other")
+        | _class_figures([found.repeated for found in classes], advantages, "repeated", "fresh")
+        | _class_figures([found.near_loop for found in classes], None, "near_loop", "other")
+    )
 
 
 # ------------------------------------------------------------------------------------ helpers
@@ -333,47 +271,6 @@ def _spread(lengths: NDArray[Any], name: str) -> dict[str, float]:
         return {}
     spread = {"mean": lengths.mean(), "min": lengths.min(), "max": lengths.max()}
     return {f"completions/{stat}_{name}": float(value) for stat, value in spread.items()}
-
-
-def _as_ids(token_ids: ArrayLike | str) -> NDArray[Any]:
-    if isinstance(token_ids, str):
-        return np.frombuffer(token_ids.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-    ids = np.asarray(token_ids)
-    if ids.ndim != 1:
-        raise ValueError(f"token ids of one sequence are one-dimensional, got shape {ids.shape}.")
-    return ids
-
-
-def _matching_runs(ids: NDArray[Any], period: int, shortest: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Starts and stops of the maximal runs of positions t with ids[t] == ids[t + period], `shortest` or longer."""
-    later, earlier = ids[period:], ids[:-period]
-    # A long enough run covers at least this many probes in a row, so without them there is none.
-    num_probes = min(shortest, 4)
-    stride = shortest // num_probes
-    probes = later[::stride] == earlier[::stride]
-    if b"\x01" * num_probes not in probes.tobytes():
-        nothing = np.empty(0, dtype=np.int64)
-        return nothing, nothing
-    breaks = np.flatnonzero(later != earlier)
-    stops = np.append(breaks, len(later))
-    starts = np.append(0, breaks + 1)
-    long_enough = stops - starts >= shortest
-    return starts[long_enough], stops[long_enough]
-
-
-def _number_ngrams(ids: NDArray[Any], ngram: int) -> NDArray[np.int64]:
-    """A number for each n-gram start, equal exactly where the n-grams are equal, [T - ngram + 1].
-
-    Widths double: an n-gram is named by the pair of shorter, possibly overlapping, n-grams that cover it.
-    """
-    names = np.unique(ids, return_inverse=True)[1].astype(np.int64)
-    width = 1
-    while width < ngram:
-        shift = min(width, ngram - width)
-        pairs = names[:-shift] * len(ids) + names[shift:]
-        names = np.unique(pairs, return_inverse=True)[1].astype(np.int64)
-        width += shift
-    return names
 
 
 def _joined(rows: Iterable[ArrayLike], dtype: type) -> NDArray[Any]:

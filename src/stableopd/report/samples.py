@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from stableopd.health.signals import loop_spans
+from stableopd.health.loops import loop_spans
 from stableopd.runfolder import Rollout, RolloutSample, RunRecord
 
 MAX_CHARS = 2_400
