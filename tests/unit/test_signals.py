@@ -8,11 +8,13 @@ import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stableopd.health import (
     LengthWarning,
     advantage_by_class,
+    advantage_by_position,
     check_sequence_length,
     compression_ratio,
     is_repetitive,
@@ -128,6 +130,45 @@ class TestLengthStats:
     def test_refuses_unequal_columns(self) -> None:
         with pytest.raises(ValueError, match="zip"):
             length_stats([1, 2], ["stop"])
+
+
+ADVANTAGES = st.lists(
+    st.lists(st.one_of(st.floats(-5, 5), st.sampled_from([float("nan"), float("-inf")])), max_size=70), max_size=5
+)
+
+
+def brute_force_positions(rows: list[list[float]]) -> dict[str, float]:
+    tokens = [(t, value) for row in rows for t, value in enumerate(row)]
+    mass = sum(abs(value) for _, value in tokens if np.isfinite(value))
+    figures = {}
+    for low, high in ((0, 16), (16, 32), (32, 64), (64, 128)):
+        here = [value for t, value in tokens if low <= t < high]
+        finite = [value for value in here if np.isfinite(value)]
+        if here:
+            figures[f"health/token_fraction_from_{low}"] = len(here) / len(tokens)
+        if finite:
+            figures[f"health/advantage_from_{low}"] = sum(finite) / len(finite)
+        if here and mass:
+            figures[f"health/update_share_from_{low}"] = sum(map(abs, finite)) / mass
+    return figures
+
+
+class TestAdvantageByPosition:
+    @settings(max_examples=200, deadline=None)
+    @given(ADVANTAGES)
+    def test_equals_brute_force(self, rows: list[list[float]]) -> None:
+        assert advantage_by_position(rows) == pytest.approx(brute_force_positions(rows), abs=1e-9)
+
+    def test_a_late_loop_shows_where_it_begins(self) -> None:
+        figures = advantage_by_position([[-0.5] * 16, [-0.5] * 16 + [0.0] * 16 + [0.25] * 32])
+        assert figures["health/advantage_from_0"] == -0.5
+        assert figures["health/update_share_from_16"] == 0
+        assert figures["health/update_share_from_32"] == pytest.approx(8 / 24)
+        assert figures["health/token_fraction_from_32"] == 0.4
+
+    @pytest.mark.parametrize("rows", [[], [[]], [[], []]])
+    def test_of_nothing_is_nothing(self, rows: list[list[float]]) -> None:
+        assert advantage_by_position(rows) == {}
 
 
 class TestAdvantageByClass:

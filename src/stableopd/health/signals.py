@@ -26,6 +26,8 @@ from stableopd.types import FinishReason
 
 TAIL_CHARS = 10_000
 COMPRESSION_THRESHOLD = 10.0
+FIRST_BOUND = 16
+"""Tokens before the second of the positions that `advantage_by_position` tells apart."""
 
 TRUNCATED_REASONS = frozenset({"length", "loop"})
 """The budget ran out, or would have: a loop that was cut short never reached an end token either."""
@@ -181,6 +183,40 @@ def advantage_by_class(
     return _known(figures)
 
 
+def advantage_by_position(advantages: Iterable[ArrayLike]) -> dict[str, float]:
+    """Where in the completions tokens and update lie: figures of the tokens from one position to the next.
+
+    Positions count completion tokens from 0; the bounds 0, 16, 32, 64, 128, ... are the same for every budget, so
+    that steps and runs compare.
+
+    Returns, for each bound B that a completion reaches: `health/token_fraction_from_B` (of all tokens),
+    `health/advantage_from_B` (mean, nats), `health/update_share_from_B` = Σ|A| there / Σ|A| everywhere. Left out where
+    the denominator is empty or zero. Advantages that are not finite count as tokens alone.
+
+    Args: one [T] float array per rollout.
+    """
+    rows = [np.asarray(row, dtype=np.float64) for row in advantages]
+    longest = max((len(row) for row in rows), default=0)
+    if not longest:
+        return {}
+    bounds = [0, *(FIRST_BOUND << power for power in range(longest.bit_length()) if FIRST_BOUND << power < longest)]
+    values = np.concatenate(rows)
+    part = np.searchsorted(bounds, np.concatenate([np.arange(len(row)) for row in rows]), side="right") - 1
+    finite = np.isfinite(values)
+    tokens = np.bincount(part, minlength=len(bounds))
+    known = np.bincount(part[finite], minlength=len(bounds))
+    total, mass = (
+        np.bincount(part[finite], weights=weight, minlength=len(bounds))
+        for weight in (values[finite], np.abs(values[finite]))
+    )
+    figures: dict[str, float | None] = {}
+    for place, bound in enumerate(bounds):
+        figures[f"health/token_fraction_from_{bound}"] = float(tokens[place] / len(values))
+        figures[f"health/advantage_from_{bound}"] = float(total[place] / known[place]) if known[place] else None
+        figures[f"health/update_share_from_{bound}"] = float(mass[place] / mass.sum()) if mass.sum() else None
+    return _known(figures)
+
+
 # ------------------------------------------------------------------------------------ all of it
 
 
@@ -206,7 +242,8 @@ def measure_rollouts(
     `health/repeated_token_fraction`. With advantages on top:
     `health/advantage_{loop,other}` and `health/loop_update_share`, split by `loop_mask`, and
     `health/advantage_{repeated,fresh}` and `health/repeated_update_share`, split by
-    `repeated_token_mask`, which sees repetition build up before it is a loop.
+    `repeated_token_mask`, which sees repetition build up before it is a loop; and the figures of
+    `advantage_by_position`.
     With accuracy (of these rollouts): `completions/accuracy`.
 
     Raises: columns of different lengths, or advantages without token ids -> ValueError.
@@ -248,6 +285,7 @@ def advantage_figures(
         _class_figures([found.loop for found in classes], advantages, "loop", "other")
         | _class_figures([found.repeated for found in classes], advantages, "repeated", "fresh")
         | _class_figures([found.near_loop for found in classes], None, "near_loop", "other")
+        | advantage_by_position(() if advantages is None else advantages)
     )
 
 
