@@ -55,9 +55,14 @@ class TrainingRows:
         return len(self.group)
 
     @property
+    def is_gold(self) -> Tensor:
+        """[B] bool: golden solutions; the others are rollouts."""
+        return self.index == _GOLD
+
+    @property
     def rollout_mask(self) -> Tensor:
         """[B, T] bool: tokens of rollouts."""
-        return self.completion_mask & (self.index != _GOLD)[:, None]
+        return self.completion_mask & ~self.is_gold[:, None]
 
     def select(self, rows: Sequence[int]) -> TrainingRows:
         """Some of the rows, without the padding that they have in common."""
@@ -81,7 +86,7 @@ class TrainingRows:
         Rollouts and gold come in batches of their own, so that neither pays for the other's terms.
         """
         lengths = (self.prompt_mask.sum(dim=1) + self.completion_mask.sum(dim=1)).tolist()
-        is_gold = (self.index == _GOLD).tolist()
+        is_gold = self.is_gold.tolist()
         for kind in (False, True):
             of_kind = [row for row, gold in enumerate(is_gold) if gold == kind]
             for batch in budget_batches([lengths[row] for row in of_kind], token_budget, packed=packed):

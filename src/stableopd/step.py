@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from stableopd.distributed import sum_gradients
 from stableopd.fused import FusedOutput, Projected, fused_loss
 from stableopd.heads import Head, HeadlessModel
+from stableopd.health.rules import STOP_PROBE
 from stableopd.objective import ObjectiveConfig
 from stableopd.rows import TrainingRows
 from stableopd.scoring import Autocast, Scores, Sequences, StatesModel, completion_scores, completion_states
@@ -110,8 +111,10 @@ class Updater:
         """
         coefs = coefficients(self._objective)
         weights = token_weights(rows, self._objective, self._sequence_length)
-        tokens = float(rows.rollout_mask.sum())
-        totals = dict(zip((*coefs, "rollout"), self._sum([*(weights[n][1] for n in coefs), tokens]), strict=True))
+        counts = [float(rows.rollout_mask.sum()), float(rows.is_gold.sum())]
+        totals = dict(
+            zip((*coefs, "rollout", STOP_PROBE), self._sum([*(weights[n][1] for n in coefs), *counts]), strict=True)
+        )
         nothing_counts = not any(totals[name] for name in coefs)
         if nothing_counts and teacher_logprobs is None:
             return {"skipped_updates": 1.0}
@@ -119,10 +122,11 @@ class Updater:
         names = [f"loss/{name}" for name in coefs if totals[name] > 0]
         names += _ROLLOUT_FIGURES if totals["rollout"] and self._objective.needs_rollouts else ()
         names += ["reference/kl"] if "loss/reference" in names else []
+        names += [STOP_PROBE] if "loss/gold" in names else []
         sums = dict.fromkeys(names, 0.0)
         self.student.train()
         for micro in rows.micro_batches(self._token_budget, packed=self.student.packs):
-            self._backward(micro, coefs, totals["rollout"], sums, teacher_logprobs)
+            self._backward(micro, coefs, totals, sums, teacher_logprobs)
         figures = dict(zip(sums, self._sum(list(sums.values())), strict=True))
         if nothing_counts:  # but the teacher's log-probabilities were wanted
             self.optimizer.zero_grad(set_to_none=True)
@@ -142,7 +146,7 @@ class Updater:
         self,
         micro: TrainingRows,
         coefs: dict[str, float],
-        num_tokens: float,
+        totals: dict[str, float],
         sums: dict[str, float],
         teacher_logprobs: Tensor | None,
     ) -> None:
@@ -156,13 +160,16 @@ class Updater:
             weight = getattr(micro, f"{name}_weight")[micro.completion_mask]
             if f"loss/{name}" in sums:
                 sums[f"loss/{name}"] += float((values * weight).sum()) / coefs[name]
+        if STOP_PROBE in sums and is_gold:
+            last = micro.completion_mask.sum(dim=1).cumsum(dim=0) - 1
+            sums[STOP_PROBE] += float(passed.logprobs[last].double().exp().sum()) / totals[STOP_PROBE]
         if not is_gold:
             assert passed.entropy is not None
             figures = rollout_figures(micro, passed.logprobs, passed.entropy, self._objective.distill)
             if "reference/kl" in sums:
                 figures["reference/kl"] = passed.values["reference"]
             for name, figure in figures.items():
-                sums[name] += float(figure.double().sum()) / num_tokens
+                sums[name] += float(figure.double().sum()) / totals["rollout"]
             if teacher_logprobs is not None and TEACHER in passed.other_logprobs:
                 row, column = micro.completion_mask.nonzero(as_tuple=True)
                 teacher_logprobs[micro.index[row], column] = passed.other_logprobs[TEACHER].to(teacher_logprobs)

@@ -136,7 +136,9 @@ class StableOPDTrainer:
                 metrics.update(health.metrics)
                 alerts += health.alerts
         with self._phase(clock, step, "update"):
-            metrics.update(self._update(batch))
+            figures = self._update(batch)
+            metrics.update(figures)
+            alerts += self.monitor.judge(step, figures)  # the stop probe
             self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
         metrics.update(self._hindsight(batch))
         metrics.update(clock.metrics())

@@ -87,6 +87,22 @@ def update(
     return updater.update(rows, 0.0, teacher_logprobs), grads
 
 
+def test_the_stop_probe_is_the_mean_probability_of_the_end_after_each_golden_solution(tokenizer, rows):
+    student = model(tokenizer, 1)
+    ends = []
+    for row in rows.is_gold.nonzero().squeeze(1).tolist():
+        prompt = rows.prompt_ids[row][rows.prompt_mask[row]]
+        gold = rows.completion_ids[row][rows.completion_mask[row]]
+        logits = student(input_ids=torch.cat([prompt, gold])[None]).logits[0, -2, :VOCAB]
+        assert gold[-1] == EOS
+        ends.append(logits.double().softmax(-1)[EOS].item())
+    assert len(ends) == 5
+    for token_budget in (20, 10_000):
+        figures, _ = update(tokenizer, rows, token_budget=token_budget)
+        assert figures["health/stop_probe"] == pytest.approx(sum(ends) / 5, rel=1e-5)
+    assert "health/stop_probe" not in update(tokenizer, rows, objective=ObjectiveConfig(distill={"coef": 1.0}))[0]
+
+
 WEIGHTS = ("distill_weight", "reward_weight", "reference_weight", "gold_weight")
 
 
