@@ -27,12 +27,13 @@ from torch import Tensor
 
 from stableopd.heads import Head, LinearHead
 from stableopd.losses import SupportKind, candidate_set, support_divergence
+from stableopd.losses._numerics import IMPOSSIBLE
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd", "mixed_kl"]
 Tail = Literal["renormalise", "bucket"]
 
 _CHUNK_ELEMENTS = 2**23
-"""Logits of a chunk: 32 MiB in float32, about what a processor's cache holds."""
+"""Logits of a chunk, 32 MiB in float32, where the vocabulary is small enough for `_MIN_ROWS`."""
 _MIN_ROWS = 256
 """Fewer tokens a chunk would make the projection inefficient."""
 _LEAST_LOGIT = -1e30
@@ -147,19 +148,15 @@ def fused_loss(
         topk: how many of the student's likeliest tokens to return at each position.
         chunk_rows: tokens of a chunk; changes memory and rounding only.
 
-    Raises: ValueError when temperature is not positive, or vocabularies differ.
-    Numerics: the matrix products run in the dtype of the states (under autocast, in autocast's); logits, losses and
-        sums are float32, float64 for float64 states. Peak memory beyond the results: a few [chunk, V] arrays.
+    Raises: ValueError when temperature is not positive, vocabularies differ, a term names a model that is not among
+        `others`, or two terms have one name.
+    Numerics: the matrix products run in the dtype of the states (under autocast, in autocast's) and round the logits to
+        it; what follows is float32, float64 for float64 states. Peak memory beyond the results: a few [chunk, V]
+        arrays. A divergence is infinite where one side forbids what the other allows in its direction; the gradient
+        is then huge or infinite, and no update can be made of it.
     """
     others = dict(others or {})
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; log-probabilities need a temperature above 0")
-    for name, other in others.items():
-        if other.head.vocab_size != student.head.vocab_size:
-            raise ValueError(
-                f"the student's head is cut to {student.head.vocab_size} ids and that of {name} to "
-                f"{other.head.vocab_size}; cut both to the common vocabulary"
-            )
+    _check(student, terms, others, temperature)
     wanted = _wants_gradient(student) and bool(terms)
     with torch.no_grad():
         run = _Pass(student, token_ids, terms, others, temperature, entropy, topk, wanted, chunk_rows)
@@ -175,6 +172,25 @@ def fused_loss(
         topk=run.topk,
         other_logprobs=run.other_logprobs,
     )
+
+
+def _check(student: Projected, terms: Sequence[Term], others: Mapping[str, Projected], temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; log-probabilities need a temperature above 0")
+    for name, other in others.items():
+        if other.head.vocab_size != student.head.vocab_size:
+            raise ValueError(
+                f"the student's head is cut to {student.head.vocab_size} ids and that of {name} to "
+                f"{other.head.vocab_size}; cut both to the common vocabulary"
+            )
+    names = [term.name for term in terms]
+    for term in terms:
+        known_beforehand = isinstance(term, SupportTerm) and term.ids is not None
+        needs_other = not isinstance(term, SampledTerm) and not known_beforehand
+        if (term.other or needs_other) and term.other not in others:
+            raise ValueError(f"term {term.name} compares with {term.other!r}, which is not among {sorted(others)}")
+        if names.count(term.name) > 1:
+            raise ValueError(f"two terms are named {term.name}; their values would be one another's")
 
 
 def _wants_gradient(student: Projected) -> bool:
@@ -213,8 +229,9 @@ class _Distribution:
     """[c, 1] log of the normaliser: log-probabilities are logits − lse."""
 
     def logprobs_at(self, ids: Tensor) -> Tensor:
-        """[c, K] log-probabilities of the tokens `ids` [c, K]."""
-        return self.logits.gather(-1, ids) - self.lse
+        """[c, K] log-probabilities of the tokens `ids` [c, K]; −inf where a token is forbidden."""
+        logits = self.logits.gather(-1, ids)
+        return (logits - self.lse).masked_fill(logits <= IMPOSSIBLE, -torch.inf)
 
 
 @dataclass(slots=True)
@@ -337,7 +354,8 @@ class _Pass:
         student = self._distribution("", rows, "student", "s")
         self.logprobs[rows] = self._at_token(student, rows)
         if self.entropy is not None:
-            self.entropy[rows] = student.lse.squeeze(-1) - self._expectation(student.p, student.logits)
+            surprise = torch.sub(student.lse, student.logits, out=self.buffer("product", len(student.logits)))
+            self.entropy[rows] = surprise.mul_(student.p).sum(dim=-1)
         if self.topk is not None:
             top = student.logits.topk(self.topk[0].shape[-1], dim=-1)
             self.topk[0][rows], self.topk[1][rows] = top.indices, top.values - student.lse
@@ -412,15 +430,15 @@ class _Pass:
             value = self._jsd(chunk, term.beta, weight, other)
         else:
             forward = {"forward_kl": 1.0, "mixed_kl": term.forward_weight}.get(term.divergence, 0.0)
-            delta = torch.sub(student.logits, other.logits, out=spare)  # log s − log t, but for a constant
-            constant = (student.lse - other.lse).squeeze(-1)
-            value = torch.zeros_like(constant)
+            # Normalised before it is weighed: Σ p is 1 up to rounding only, which a large constant would multiply.
+            delta = torch.sub(student.logits, other.logits, out=spare).sub_(student.lse - other.lse)
+            value = torch.zeros_like(self.logprobs[chunk.rows])
             if forward:
-                value = value - forward * (self._expectation(other.p, delta) - constant)
+                value = value - forward * self._expectation(other.p, delta)
                 self._pull(chunk, other.p, forward * weight, keep=final)
             if forward < 1:
                 mean = self._expectation(student.p, delta)
-                value = value + (1 - forward) * (mean - constant)
+                value = value + (1 - forward) * mean
                 self._tilt(chunk, delta, mean, (1 - forward) * weight, keep=final)
         self._record(term, chunk.rows, value, term.weight[chunk.rows])
 
@@ -431,11 +449,11 @@ class _Pass:
             return torch.zeros_like(self.logprobs[chunk.rows])
         log_m = torch.mul(other.p, beta, out=self.buffer("mixture", len(other.p)))
         log_m.add_(student.p, alpha=1 - beta).clamp_(min=torch.finfo(self.dtype).tiny).log_()
-        gap = torch.sub(other.logits, log_m, out=self.buffer("gap", len(log_m)))
-        value = beta * (self._expectation(other.p, gap) - other.lse.squeeze(-1))
-        torch.sub(student.logits, log_m, out=gap)
+        gap = torch.sub(other.logits, other.lse, out=self.buffer("gap", len(log_m))).sub_(log_m)
+        value = beta * self._expectation(other.p, gap)
+        torch.sub(student.logits, student.lse, out=gap).sub_(log_m)
         mean = self._expectation(student.p, gap)
-        value = value + (1 - beta) * (mean - student.lse.squeeze(-1))
+        value = value + (1 - beta) * mean
         self._tilt(chunk, gap, mean, (1 - beta) * weight, keep=False)
         return value
 
@@ -475,6 +493,7 @@ class _Pass:
 
     def _record(self, term: Term, rows: slice, value: Tensor, weight: Tensor) -> None:
         value = torch.where(weight != 0, value, torch.zeros_like(value))
+        value = value.masked_fill(value > -IMPOSSIBLE, torch.inf)
         self.values[term.name][rows] = value
         self.loss += (value * weight).sum()
 
@@ -502,7 +521,7 @@ class _Projector:
             logits.copy_(torch.mm(states.to(self.dtype), self.weight.T, out=narrow))
         if isinstance(head, LinearHead):
             if head.bias is not None:
-                logits.add_(head.bias[: head.vocab_size].detach())
+                logits.add_(head.bias[: head.vocab_size].detach()).clamp_(min=_LEAST_LOGIT)
             if head.scale != 1.0:
                 logits.mul_(head.scale)
             if head.softcap is not None:

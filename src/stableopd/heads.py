@@ -35,6 +35,12 @@ class LinearHead:
     scale: float = 1.0
     softcap: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.vocab_size > self.weight.shape[0]:
+            raise ValueError(
+                f"the head has {self.weight.shape[0]} rows, fewer than the {self.vocab_size} ids asked for"
+            )
+
     def parameters(self) -> tuple[Tensor, ...]:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 

@@ -249,10 +249,11 @@ class StableOPDTrainer:
         pad_id = pad_token_id(self.tokenizer)
         parts: list[TrainingRows] = []
         metrics: dict[str, float] = {}
+        late = batch.scores is not None and batch.teacher_logprobs is None
         if batch.rollouts is not None:
             signals, metrics = self._signals(batch)
             parts.append(rollout_rows(batch.rollouts, batch.scores, signals, batch.positions))
-            if batch.scores is not None and batch.teacher_logprobs is None:
+            if late:
                 batch.teacher_logprobs = torch.zeros_like(batch.rollouts.sampling_logprobs)  # filled by the updates
         if self.config.objective.needs_gold:
             gold = self.data.gold(batch.step, self.data.stream.batch(batch.step))
@@ -263,7 +264,7 @@ class StableOPDTrainer:
         figures = []
         key = [self.config.seed, _MINIBATCH_STREAM, batch.step]
         for minibatch in minibatches(rows, self.config.rollout.num_prompts, self.config.optimizer, key):
-            figures.append(self.updater.update(minibatch, rate, batch.teacher_logprobs))
+            figures.append(self.updater.update(minibatch, rate, batch.teacher_logprobs if late else None))
             self.state.policy_version += int(not figures[-1]["skipped_updates"])
         if batch.rollouts is not None and "sampling/logprob_gap" in figures[0]:
             # Later updates of a step see a policy that has moved on; the engine's own error shows in the first.

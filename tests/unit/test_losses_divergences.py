@@ -373,3 +373,11 @@ def test_divergences_of_bfloat16_logits_are_summed_in_float32(divergence):
     found = divergence(student, teacher)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), divergence(student.double(), teacher.double()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_probability_that_underflows_counts_nothing_even_where_the_teacher_forbids_the_token():
+    student = torch.tensor([[0.0, -200.0, 1.0]], requires_grad=True)
+    found = losses.reverse_kl(student, torch.tensor([[0.0, -math.inf, 1.0]]))
+    (grad,) = torch.autograd.grad(found.sum(), student)
+    assert abs(found.item()) < 1e-6
+    assert grad.isfinite().all()

@@ -32,6 +32,34 @@ def test_masked_tokens_are_never_read_not_even_their_gradient():
     assert values.grad.tolist() == [[0.5, 0.0], [0.0, 0.5]]
 
 
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "mixed_kl", "jsd"])
+def test_a_masked_token_where_a_divergence_is_infinite_has_no_gradient(name):
+    student = logits(0, 1, 2, 4).requires_grad_()
+    teacher = logits(1, 1, 2, 4)
+    with torch.no_grad():
+        teacher[0, 0, 1] = -math.inf
+        student[0, 0, 2] = -math.inf
+    token_loss = getattr(losses, name)(student, teacher)
+    if name != "jsd":
+        assert token_loss[0, 0].item() == math.inf
+    losses.reduce_tokens(token_loss, torch.tensor([[False, True]]), 1.0).backward()
+    assert student.grad[0, 0].tolist() == [0.0] * 4
+    assert student.grad[0, 1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", get_args(losses.KlEstimator))
+@pytest.mark.parametrize("function", [losses.kl_penalty, losses.kl_estimate])
+@pytest.mark.parametrize("odd", [math.inf, -math.inf, math.nan])
+def test_a_masked_token_whose_estimate_is_no_number_has_no_gradient(kind, function, odd):
+    logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    reference = torch.tensor([[odd, -1.5]])
+    token_loss = function(logprobs, reference, kind)
+    assert not token_loss[0, 0].isfinite()
+    losses.reduce_tokens(token_loss, torch.tensor([[False, True]]), 1.0).backward()
+    assert logprobs.grad[0, 0] == 0
+    assert logprobs.grad[0, 1] != 0
+
+
 def test_an_empty_mask_gives_zero():
     assert losses.reduce_tokens(torch.full((2, 3), math.nan), torch.zeros(2, 3), 5.0).item() == 0.0
 

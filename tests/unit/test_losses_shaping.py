@@ -47,6 +47,7 @@ def test_compression_keeps_the_order_and_hardly_touches_small_advantages():
     [
         lambda a: losses.clamp_advantages(a, 1.0),
         losses.compress_advantages,
+        lambda a: losses.discounted_advantages(a, torch.ones(1, 3).bool(), 0.5),
         lambda a: losses.prefix_weights(a, torch.ones(1, 3).bool(), 0.5),
         lambda a: losses.high_entropy_mask(a, torch.ones(1, 3).bool(), 0.5),
         lambda a: losses.group_advantages(a[0], [0, 0, 1]),

@@ -18,6 +18,10 @@ MAX_LOG_RATIO = 20.0
 """exp(20) is finite in every dtype used here; beyond it a ratio carries no information."""
 
 
+IMPOSSIBLE = -1e28
+"""A logit at or below this forbids its token, like −inf: masks are often written with a huge finite number."""
+
+
 def upcast(logits: Tensor, temperature: Temperature) -> Tensor:
     """logits / temperature in float32, or in float64 when the logits are."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -57,8 +61,15 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def expectation(log_p: Tensor, values: Tensor) -> Tensor:
-    """Σ_v p(v) · values(v) over the last axis; entries with p = 0 count nothing, in the gradient too."""
-    return (log_p.exp() * values.masked_fill(log_p == -torch.inf, 0.0)).sum(dim=-1)
+    """Σ_v p(v) · values(v) over the last axis; entries with p = 0 count nothing, in the gradient too.
+
+    An infinite value makes the sum infinite and brings no gradient of its own, so that a mask over the sum also masks
+    its gradient.
+    """
+    p = log_p.exp()
+    infinite = (values == torch.inf) & (p > 0)
+    total = (p * values.masked_fill((p == 0) | infinite, 0.0)).sum(dim=-1)
+    return total.masked_fill(infinite.any(dim=-1), torch.inf)
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:

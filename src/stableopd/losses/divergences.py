@@ -102,7 +102,7 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5, tempe
         student_logits, teacher_logits: [B, T, V]. Either may be −inf anywhere.
         beta: weight of the teacher, in [0, 1].
 
-    Returns: [B, T] in nats, in [0, log 2].
+    Returns: [B, T] in nats, in [0, log 2] up to rounding.
     Raises: ValueError when the shapes differ, beta is outside [0, 1] or a temperature is not above 0.
     Source: Agarwal et al. 2024, arXiv 2306.13649, eq. 1, with its endpoints left continuous.
     """

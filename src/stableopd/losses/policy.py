@@ -139,6 +139,11 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KlEstimator = "k3"
     """
     check_choice("kind", kind, KlEstimator)
     d = logprobs - ref_logprobs
+    known = d.isfinite()  # elsewhere no gradient, so that a mask over the values masks it too
+    return torch.where(known, _estimate(d.masked_fill(~known, 0.0), kind), _estimate(d.detach(), kind))
+
+
+def _estimate(d: Tensor, kind: KlEstimator) -> Tensor:
     if kind == "k1":
         return d
     if kind == "k2":
@@ -160,4 +165,6 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: KlEstimator = "k3")
     """
     value = kl_estimate(logprobs, ref_logprobs, kind).detach()
     d = (logprobs - ref_logprobs).detach()
-    return value + d * (logprobs - logprobs.detach())
+    known = d.isfinite()
+    change = (logprobs - logprobs.detach()).masked_fill(~known, 0.0)
+    return value + d.masked_fill(~known, 0.0) * change

@@ -48,10 +48,11 @@ def discounted_advantages(advantages: Tensor, mask: Tensor, gamma: float) -> Ten
         mask: [B, T] bool, the real tokens, without holes.
         gamma: in [0, 1]; 0 leaves the advantages as they are, 1 gives the sum to go.
 
-    Returns: [B, T], 0 where masked.
+    Returns: [B, T], detached, 0 where masked.
     Raises: ValueError when gamma is outside [0, 1].
     """
     check_share("gamma", gamma, "a discount")
+    advantages = advantages.detach()
     total = torch.where(mask, advantages, torch.zeros_like(advantages))
     reach, width = 1, advantages.shape[1]
     while reach < width and gamma > 0:  # sums over 1, 2, 4, ... tokens ahead

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stableopd.losses._numerics import (
+    IMPOSSIBLE,
     Temperature,
     check_choice,
     check_same_vocabulary,
@@ -94,9 +95,10 @@ def support_divergence(
         outcome as in TRL's server distillation.
     Numerics: float32, or float64 for float64 input. A member may be −inf for both, and for one alone where the
         divergence allows it (see `reverse_kl`, `forward_kl`). The mass outside is not taken below 8 ε of the dtype,
-        where 1 − Σ is only rounding; a set that holds all the mass gets that much outside, without a gradient. Of the
-        directions only KL(teacher ‖ student) feels this, where the student has next to no mass outside and the
-        teacher has some.
+        where 1 − Σ is only rounding; a set that holds all the mass gets that much outside, without a gradient. In
+        float32 (8 ε = 1e-6) both directions feel this where one side has less than that outside and the other has
+        some: log(outside) is cut off at log(8 ε) = −13.9, so that a student with 10% outside and a teacher with
+        1e-12 have KL(student ‖ teacher) = 1.08 in place of 2.46.
     Holds: a bucketed divergence is never above that of the whole vocabulary, and does not fall as the set grows.
     """
     _check_candidates(student_logprobs, teacher_logprobs, member)
@@ -162,7 +164,7 @@ def topk_reverse_kl(
 
 def _most_likely(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     top = logits.topk(k, dim=-1)
-    return top.indices, top.values != -torch.inf
+    return top.indices, ~(top.values <= IMPOSSIBLE)  # NaN stays, to be seen
 
 
 def _is_among(ids: Tensor, others: Tensor, valid: Tensor) -> Tensor:
