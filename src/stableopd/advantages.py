@@ -7,7 +7,7 @@ asked for) the student itself say about the rollouts. Nothing here is differenti
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -106,6 +106,13 @@ def _distill_advantages(
     if objective.needs_rewards and objective.reward.add_to_advantage:
         advantages = advantages + objective.reward.coef / objective.distill.coef * rewards
     return advantages
+
+
+def without_loops(signals: RolloutSignals, rollouts: RolloutBatch) -> RolloutSignals:
+    """The signals with no distillation weight on rollouts that hold an exact loop (`health.loop_mask`)."""
+    fresh = [not loop_mask(ids).any() for ids in rollouts.completions()]
+    keep = torch.tensor(fresh, device=signals.distill_weight.device)
+    return replace(signals, distill_weight=signals.distill_weight * keep[:, None])
 
 
 def _reward_advantages(rollouts: RolloutBatch, rewards: Tensor | None, objective: ObjectiveConfig) -> Tensor:

@@ -32,8 +32,10 @@ from stableopd.models import (
 )
 from stableopd.optimizer import adamw
 from stableopd.preparation import Dataset, RunData, check_model, check_processes, check_trackers, prepare_data
+from stableopd.probe import probe_examples
 from stableopd.protocols import Judge, RewardFunction, Teacher
 from stableopd.rollout.hf import HFEngine
+from stableopd.rows import TrainingRows, gold_rows
 from stableopd.scoring import Autocast
 from stableopd.step import Updater
 from stableopd.teachers.local import LocalTeacher
@@ -57,6 +59,8 @@ class RunParts:
     reward: RewardFunction | None
     special_ids: frozenset[int]
     """Special tokens that end no answer."""
+    probe_rows: TrainingRows | None
+    """This process's share of the golden solutions that the stop probe asks for; None where there is no gold."""
     digests: dict[str, str]
     """Of the initial student and of the data, so that a resumed run can tell that it is the same."""
 
@@ -118,6 +122,7 @@ def assemble(
         judge=judge,
         reward=reward if config.objective.needs_rewards else None,
         special_ids=frozenset(tokenizer.all_special_ids) - end_ids,
+        probe_rows=_probe_rows(data, config, tokenizer, accelerator),
         digests=digests,
     )
 
@@ -224,9 +229,20 @@ def _updater(
         token_budget=config.optimizer.micro_batch_tokens,
         sequence_length=config.rollout.max_completion_length,
         autocast=autocast,
-        reference=reference_of(student, headless) if config.objective.needs_reference else None,
+        reference=reference_of(student, headless) if config.needs_reference else None,
         teacher_head=None if teacher is None else teacher.head,
     )
+
+
+def _probe_rows(
+    data: RunData, config: StableOPDConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+) -> TrainingRows | None:
+    pool = data.gold_pool.examples if data.gold_pool else data.stream.examples
+    examples = probe_examples(pool, config.health.probe_prompts, config.seed)
+    if len(examples) < accelerator.num_processes:
+        return None
+    mine = examples[accelerator.process_index :: accelerator.num_processes]
+    return gold_rows(mine, range(len(mine)), pad_token_id(tokenizer), accelerator.device)
 
 
 def _autocast(accelerator: Accelerator, bf16: bool) -> Autocast:

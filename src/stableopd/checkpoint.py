@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def save_checkpoint(
     state: TrainState,
 ) -> Path:
     """Write `folder/step-NNNNNN` and return it. One that is already there is left as it is."""
-    path = folder / f"step-{state.step:06d}"
+    path = checkpoint_path(folder, state.step)
     if path.exists():
         return path
     aside = folder / f".new-{path.name}"
@@ -121,10 +122,10 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(found, key=_step_of)
 
 
-def rotate(folder: Path, *, keep_last: int, keep_step: int | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the one of step `keep_step`."""
+def rotate(folder: Path, *, keep_last: int, keep_steps: Collection[int]) -> None:
+    """Delete all but the newest `keep_last` checkpoints and those of `keep_steps`."""
     for path in checkpoints_in(folder)[:-keep_last]:
-        if _step_of(path) != keep_step:
+        if _step_of(path) not in keep_steps:
             _remove(path)
 
 
@@ -134,6 +135,15 @@ def clean_up(folder: Path) -> None:
         for path in folder.iterdir():
             if _ASIDE.match(path.name):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints, oldest first."""
+    return [_step_of(path) for path in checkpoints_in(folder)]
 
 
 def _step_of(path: Path) -> int:

@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 
 BAD_INPUT = 2
+STOPPED = 3
 INTERRUPTED = 130
 
 
@@ -105,6 +106,14 @@ def train(
         for callback in trainer.callbacks:
             if isinstance(callback, ConsoleReporter):
                 callback.close()
+    if trainer.state.stopped:
+        if trainer.accelerator.is_main_process:
+            _complain(
+                f"the run was stopped by health.actions={settings.health.actions} at step {trainer.state.step}; a "
+                f"checkpoint is saved. Why: the end of {settings.run_dir / 'alerts.jsonl'}. To go on all the same: "
+                "--resume with health.actions=warn, or health.actions=rollback"
+            )
+        sys.exit(STOPPED)
     if trainer.accelerator.is_main_process:
         console.print(f"done. Look at it: stableopd report {escape(str(settings.run_dir))}", highlight=False)
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from stableopd.errors import ConfigError
+from stableopd.health.controller import Actions, ControllerSettings
 from stableopd.health.monitor import MonitorSettings
 from stableopd.objective import (
     DistillConfig,
@@ -164,12 +165,30 @@ class OptimizerConfig(Section):
     gradient_checkpointing: bool = False
 
 
+class ControllerConfig(Section):
+    """Bounds of what the controller does; see docs/health.md."""
+
+    max_gold_coef: NonNegative = 4.0
+    max_reference_coef: NonNegative = 1.0
+    cooldown_steps: PositiveInt = 10
+    calm_steps: PositiveInt = 20
+    max_rollbacks: NonNegativeInt = 3
+    drop_loops: bool = False
+    shorten_budget: bool = False
+
+
 class HealthConfig(Section):
     """Thresholds of the monitor; see docs/run_folder.md and `stableopd.health.MonitorSettings`."""
 
     max_expected_length: PositiveInt | None = None
     tail_chars: PositiveInt = 10_000
     compression_threshold: Positive = 10.0
+    actions: Actions = "warn"
+    """What an alarm leads to: nothing (`off`), alerts (`warn`), stronger stabilisation (`stabilise`), also a return to
+    an earlier checkpoint (`rollback`), or the end of the run (`stop`)."""
+    controller: ControllerConfig = ControllerConfig()
+    probe_prompts: NonNegativeInt = 16
+    """Golden solutions whose ending the student is asked for at each step, where gold is in no loss; 0: none."""
     thresholds: dict[str, float] = Field(default_factory=dict)
     """Any other field of MonitorSettings, by name."""
 
@@ -177,6 +196,14 @@ class HealthConfig(Section):
     def _settings_are_possible(self) -> Self:
         self.monitor_settings()
         return self
+
+    @property
+    def may_stabilise(self) -> bool:
+        """Whether golden solutions and the initial student are needed even where no term asks for them."""
+        return self.controller_settings().may_stabilise
+
+    def controller_settings(self) -> ControllerSettings:
+        return ControllerSettings(actions=self.actions, **self.controller.model_dump())
 
     def monitor_settings(self) -> MonitorSettings:
         known = {name for name in MonitorSettings.__dataclass_fields__ if name not in type(self).model_fields}
@@ -292,6 +319,16 @@ class StableOPDConfig(Section):
                 f"optimizer.warmup_steps ({optimizer.warmup_steps}) leaves none of max_steps ({self.max_steps})"
             )
         return self
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the initial student is kept at hand: for the reference term, or for the controller to turn it on."""
+        return self.objective.needs_reference or (self.health.may_stabilise and self.objective.needs_rollouts)
+
+    @property
+    def may_need_gold(self) -> bool:
+        """Whether golden solutions may come into the loss at some step."""
+        return self.objective.needs_gold or (self.health.may_stabilise and self.objective.needs_rollouts)
 
     @property
     def run_dir(self) -> Path:

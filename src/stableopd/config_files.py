@@ -8,11 +8,12 @@ from typing import Any
 
 import yaml
 
-from stableopd.config import FLAT_NAMES, StableOPDConfig, set_path
+from stableopd.config import FLAT_NAMES, ControllerConfig, StableOPDConfig, set_path
 from stableopd.errors import ConfigError
 
 _MAY_CHANGE_ON_RESUME = {"max_steps", "checkpoint", "logging", "output_dir", "num_processes"}
 _MAY_CHANGE_ON_RESUME |= {"optimizer.micro_batch_tokens"}  # changes rounding only
+_MAY_CHANGE_ON_RESUME |= {"health.actions", *(f"health.controller.{name}" for name in ControllerConfig.model_fields)}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StableOPDConfig:

@@ -159,6 +159,15 @@ class ObjectiveConfig(Section):
     sequence_sum_length: PositiveInt | None = None
     """`sequence_sum`: the constant that each sequence's sum is divided by; rollout.max_completion_length if not set."""
 
+    def with_coefs(self, *, gold: float, reference: float) -> Self:
+        """The same objective with other coefficients of these two terms; nothing is checked anew."""
+        return self.model_copy(
+            update={
+                "gold": self.gold.model_copy(update={"coef": gold}),
+                "reference": self.reference.model_copy(update={"coef": reference}),
+            }
+        )
+
     @property
     def needs_rollouts(self) -> bool:
         return self.distill.coef > 0 or self.reference.coef > 0 or self.reward.coef > 0

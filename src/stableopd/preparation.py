@@ -41,6 +41,11 @@ class RunData:
             digest.update(repr(parts).encode())
         return digest.hexdigest()
 
+    @property
+    def has_gold(self) -> bool:
+        """Whether there is a golden solution for every prompt that may be drawn."""
+        return self.gold_pool is not None or all(example.gold_ids for example in self.stream.examples)
+
     def gold(self, step: int, examples: list[Example]) -> list[Example]:
         """One golden solution for each prompt of the step: its own, or one from the pool."""
         return examples if self.gold_pool is None else self.gold_pool.batch(step, len(examples))
@@ -74,13 +79,21 @@ def prepare_data(
         longest_prompt,
         context,
         require_gold=needs_gold and not config.data.gold_path,
+        may_need_gold=config.may_need_gold and not config.data.gold_path,
         require_answer=config.objective.needs_rewards,
     )
     pool = None
-    if needs_gold and config.data.gold_path:
+    if config.may_need_gold and config.data.gold_path:
         pool_rows = read_rows(config.data.gold_path, config.data.split, setting="data.gold_path")
         pool_examples = _load(
-            config, tokenizer, pool_rows, config.data.gold_path, longest_prompt, context, require_gold=True
+            config,
+            tokenizer,
+            pool_rows,
+            config.data.gold_path,
+            longest_prompt,
+            context,
+            require_gold=True,
+            may_need_gold=True,
         )
         pool = GoldPool(pool_examples, seed=config.seed)
     held_out = []
@@ -164,6 +177,7 @@ def _load(
     context: int | None,
     *,
     require_gold: bool,
+    may_need_gold: bool = False,
     require_answer: bool = False,
 ) -> list[Example]:
     data = config.data
@@ -173,10 +187,10 @@ def _load(
         prompt_column=data.prompt_column,
         gold_column=data.gold_column,
         answer_column=data.answer_column,
-        gold_weights_column=data.gold_weights_column if require_gold else None,
+        gold_weights_column=data.gold_weights_column if may_need_gold else None,
         source=source,
         max_prompt_tokens=longest_prompt,
-        max_total_tokens=context if require_gold else None,
+        max_total_tokens=context if may_need_gold else None,
         require_gold=require_gold,
         require_answer=require_answer,
         chat_template_kwargs=data.chat_template_kwargs,

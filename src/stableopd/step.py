@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from stableopd.distributed import sum_gradients
 from stableopd.fused import FusedOutput, Projected, fused_loss
 from stableopd.heads import Head, HeadlessModel
-from stableopd.health.rules import STOP_PROBE
 from stableopd.objective import ObjectiveConfig
+from stableopd.probe import PROBES, probe_sums
 from stableopd.rows import TrainingRows
 from stableopd.scoring import Autocast, Scores, Sequences, StatesModel, completion_scores, completion_states
 from stableopd.terms import (
@@ -72,7 +72,7 @@ class Updater:
     ) -> None:
         self.student = student
         self.optimizer = optimizer
-        self._objective = objective
+        self.objective = objective  # its coefficients may be changed between updates
         self._accelerator = accelerator
         self._temperature = temperature
         self._max_grad_norm = max_grad_norm
@@ -97,6 +97,15 @@ class Updater:
             entropy=entropy,
         )
 
+    def probe(self, rows: TrainingRows) -> dict[str, float]:
+        """The stop probe on golden solutions that are in no loss: means over all processes' `rows`, by metric key."""
+        scores = completion_scores(
+            self.student, rows, temperature=1.0, token_budget=self._token_budget, autocast=self._autocast
+        )
+        sums = probe_sums(scores.logprobs[rows.completion_mask], rows.completion_mask)
+        *totals, count = self._sum([*sums.values(), float(len(rows))])
+        return {name: total / count for name, total in zip(sums, totals, strict=True)} if count else {}
+
     def update(
         self, rows: TrainingRows, learning_rate: float, teacher_logprobs: Tensor | None = None
     ) -> dict[str, float]:
@@ -109,20 +118,19 @@ class Updater:
             teacher_logprobs: [rollouts, T], filled in with the teacher's log-probability of each sampled token where
                 the teacher's whole distribution passes by here.
         """
-        coefs = coefficients(self._objective)
-        weights = token_weights(rows, self._objective, self._sequence_length)
+        coefs = coefficients(self.objective)
+        weights = token_weights(rows, self.objective, self._sequence_length)
         counts = [float(rows.rollout_mask.sum()), float(rows.is_gold.sum())]
-        totals = dict(
-            zip((*coefs, "rollout", STOP_PROBE), self._sum([*(weights[n][1] for n in coefs), *counts]), strict=True)
-        )
+        shares = self._sum([*(weights[name][1] for name in coefs), *counts])
+        totals = dict(zip((*coefs, "rollout", "golden solutions"), shares, strict=True))
         nothing_counts = not any(totals[name] for name in coefs)
         if nothing_counts and teacher_logprobs is None:
             return {"skipped_updates": 1.0}
         rows = weighted(rows, weights, totals, coefs)
         names = [f"loss/{name}" for name in coefs if totals[name] > 0]
-        names += _ROLLOUT_FIGURES if totals["rollout"] and self._objective.needs_rollouts else ()
+        names += _ROLLOUT_FIGURES if totals["rollout"] and self.objective.needs_rollouts else ()
         names += ["reference/kl"] if "loss/reference" in names else []
-        names += [STOP_PROBE] if "loss/gold" in names else []
+        names += PROBES if "loss/gold" in names else []
         sums = dict.fromkeys(names, 0.0)
         self.student.train()
         for micro in rows.micro_batches(self._token_budget, packed=self.student.packs):
@@ -151,7 +159,7 @@ class Updater:
         teacher_logprobs: Tensor | None,
     ) -> None:
         is_gold = not bool(micro.rollout_mask.any())
-        if (is_gold and "gold" not in coefs) or (not is_gold and not self._objective.needs_rollouts):
+        if (is_gold and "gold" not in coefs) or (not is_gold and not self.objective.needs_rollouts):
             return
         with self._autocast():
             states = completion_states(self.student, micro)
@@ -160,12 +168,12 @@ class Updater:
             weight = getattr(micro, f"{name}_weight")[micro.completion_mask]
             if f"loss/{name}" in sums:
                 sums[f"loss/{name}"] += float((values * weight).sum()) / coefs[name]
-        if STOP_PROBE in sums and is_gold:
-            last = micro.completion_mask.sum(dim=1).cumsum(dim=0) - 1
-            sums[STOP_PROBE] += float(passed.logprobs[last].double().exp().sum()) / totals[STOP_PROBE]
+        if is_gold and "loss/gold" in sums:
+            for name, total in probe_sums(passed.logprobs, micro.completion_mask).items():
+                sums[name] += total / totals["golden solutions"]
         if not is_gold:
             assert passed.entropy is not None
-            figures = rollout_figures(micro, passed.logprobs, passed.entropy, self._objective.distill)
+            figures = rollout_figures(micro, passed.logprobs, passed.entropy, self.objective.distill)
             if "reference/kl" in sums:
                 figures["reference/kl"] = passed.values["reference"]
             for name, figure in figures.items():
@@ -181,10 +189,10 @@ class Updater:
 
     def _rollout_pass(self, states: Tensor, micro: TrainingRows) -> FusedOutput:
         others: dict[str, Projected] = {}
-        if self._objective.needs_teacher and self._objective.distill.needs_states:
+        if self.objective.needs_teacher and self.objective.distill.needs_states:
             assert self._teacher_head is not None, "the teacher's states come with its head"
             others[TEACHER] = Projected(states=_joined(micro.teacher_states), head=self._teacher_head)
-        if self._objective.needs_reference:
+        if self.objective.needs_reference:
             assert self._reference is not None, "a reference term needs the initial student"
             with torch.no_grad():
                 others[REFERENCE] = Projected(
@@ -193,7 +201,7 @@ class Updater:
         return fused_loss(
             Projected(states=states, head=self.student.head),
             micro.completion_ids[micro.completion_mask],
-            rollout_terms(micro, self._objective),
+            rollout_terms(micro, self.objective),
             others=others,
             temperature=self._temperature,
             entropy=True,

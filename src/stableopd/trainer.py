@@ -14,9 +14,11 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from stableopd.advantages import RolloutSignals, rollout_signals
+from stableopd.advantages import RolloutSignals, rollout_signals, without_loops
 from stableopd.assembly import assemble, with_names
 from stableopd.checkpoint import (
+    checkpoint_path,
+    checkpoint_steps,
     checkpoints_in,
     clean_up,
     load_checkpoint,
@@ -29,6 +31,7 @@ from stableopd.config import StableOPDConfig
 from stableopd.config_files import check_resumable, dump_config, flatten
 from stableopd.errors import ConfigError, RunFolderError
 from stableopd.evaluate import decode, evaluate
+from stableopd.health.controller import Controls, HealthController, Levers
 from stableopd.health.monitor import HealthMonitor
 from stableopd.metrics import Stopwatch, TrackerSink, mean_of
 from stableopd.models import computing_module
@@ -86,7 +89,9 @@ class StableOPDTrainer:
         self.judge = parts.judge
         self.reward = parts.reward
         self.special_ids = parts.special_ids
+        self.probe_rows = parts.probe_rows
         self.monitor = HealthMonitor(self.config.health.monitor_settings())
+        self.controller = HealthController(self.config.health.controller_settings(), self._levers())
         self.state = TrainState(begun_with=parts.digests)
         self.recorder: RunRecorder | None = None
         self._sinks: list[MetricSink] = []
@@ -112,6 +117,8 @@ class StableOPDTrainer:
                 self._log(0, metrics, self.monitor.observe_eval(0, metrics))
             for step in range(self.state.step + 1, self.config.max_steps + 1):
                 self.train_step(step)
+                if self.state.stopped:
+                    break
             if self.config.student.lora is not None and self.config.student.lora.merge:
                 self.save_model(self.config.run_dir / "merged", merge_adapters=True)
             self._each_callback("on_train_end")
@@ -120,26 +127,32 @@ class StableOPDTrainer:
         return self.state
 
     def train_step(self, step: int) -> dict[str, float]:
-        """One rollout batch: generate, score, look, update, log, evaluate, save."""
+        """One rollout batch: generate, score, look, decide, update, log, evaluate, save."""
         torch.manual_seed(_seed(self.config.seed, _TRAIN_STREAM, step))
         clock = Stopwatch()
         batch = self._my_prompts(step)
         metrics: dict[str, float] = {}
         alerts: tuple[Alert, ...] = ()
+        controls = self.controller.controls()
         if self.config.objective.needs_rollouts:
             with self._phase(clock, step, "rollout"):
-                batch.rollouts = self.engine.generate(batch.examples, self._sampling(), step=step)
+                batch.rollouts = self.engine.generate(batch.examples, self._sampling(controls), step=step)
             with self._phase(clock, step, "teacher"):
                 self._score(batch)
             with self._phase(clock, step, "health"):
                 health = self._observe(batch)
                 metrics.update(health.metrics)
-                alerts += health.alerts
-        with self._phase(clock, step, "update"):
-            figures = self._update(batch)
-            metrics.update(figures)
-            alerts += self.monitor.judge(step, figures)  # the stop probe
-            self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
+                controls, done = self._decide(step)
+                alerts += health.alerts + done
+        metrics.update(self.controller.metrics())
+        if controls.rollback_to is not None:
+            self._roll_back(controls.rollback_to)
+        elif not controls.stop:
+            with self._phase(clock, step, "update"):
+                figures = self._update(batch, controls)
+                metrics.update(figures)
+                alerts += self.monitor.judge(step, figures)  # the stop probe, where gold is in the loss
+                self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
         metrics.update(self._hindsight(batch))
         metrics.update(clock.metrics())
         if self.data.held_out and self._due(step, self.config.evaluation.every_steps):
@@ -147,8 +160,8 @@ class StableOPDTrainer:
             evaluation = self.evaluate()
             metrics.update(evaluation)
             alerts += self.monitor.observe_eval(step, evaluation)
-        self._advance(step, metrics)
-        self._log(step, metrics, alerts)
+        self._advance(step, metrics, stopped=controls.stop)
+        self._log(step, metrics, alerts if self.config.health.actions != "off" else ())
         self._save_if_due(step, metrics)
         return metrics
 
@@ -201,10 +214,10 @@ class StableOPDTrainer:
         positions = list(range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes))
         return StepBatch(step=step, positions=positions, examples=[prompts[position] for position in positions])
 
-    def _sampling(self) -> Sampling:
+    def _sampling(self, controls: Controls) -> Sampling:
         rollout = self.config.rollout
         return Sampling(
-            max_new_tokens=rollout.max_completion_length,
+            max_new_tokens=controls.max_completion_length,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
@@ -242,20 +255,52 @@ class StableOPDTrainer:
             advantages=all_advantages(views),
             accuracy=figures.get("reward/right_fraction"),
         )
+        if self.probe_rows is not None and not self.controller.controls().gold_coef:  # with gold the probe is free
+            figures |= self.updater.probe(self.probe_rows)
+            report = replace(report, alerts=report.alerts + self.monitor.judge(batch.step, figures))
         return replace(report, metrics={**report.metrics, **figures})
 
-    def _update(self, batch: StepBatch) -> dict[str, float]:
+    def _levers(self) -> Levers:
+        objective = self.config.objective
+        return Levers(
+            gold_coef=objective.gold.coef,
+            reference_coef=objective.reference.coef,
+            has_gold=self.config.may_need_gold and self.data.has_gold,
+            has_reference=self.config.needs_reference,
+            max_completion_length=self.config.rollout.max_completion_length,
+        )
+
+    def _decide(self, step: int) -> tuple[Controls, tuple[Alert, ...]]:
+        """What the controller makes of the alarms that are on."""
+        if self.controller.checkpoints_needed:
+            self.controller.lost_all_but(checkpoint_steps(self.config.run_dir / "checkpoints"))
+        return self.controller.decide(step, self.monitor.alarms)
+
+    def _roll_back(self, step: int) -> None:
+        """Weights, optimizer and the monitor's memory as they were after `step`. Steps and tokens go on counting."""
+        path = checkpoint_path(self.config.run_dir / "checkpoints", step)
+        then = load_checkpoint(path, student=self.student, optimizer=self.updater.optimizer)
+        self.monitor.load_state_dict(then.monitor)
+        self.state.policy_version += 1
+        self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
+        self.accelerator.wait_for_everyone()
+
+    def _update(self, batch: StepBatch, controls: Controls) -> dict[str, float]:
         """All optimizer updates of a step; returns their mean figures."""
+        objective = self.config.objective.with_coefs(gold=controls.gold_coef, reference=controls.reference_coef)
+        self.updater.objective = objective
         pad_id = pad_token_id(self.tokenizer)
         parts: list[TrainingRows] = []
         metrics: dict[str, float] = {}
         late = batch.scores is not None and batch.teacher_logprobs is None
         if batch.rollouts is not None:
             signals, metrics = self._signals(batch)
+            if controls.drop_loops:
+                signals = without_loops(signals, batch.rollouts)
             parts.append(rollout_rows(batch.rollouts, batch.scores, signals, batch.positions))
             if late:
                 batch.teacher_logprobs = torch.zeros_like(batch.rollouts.sampling_logprobs)  # filled by the updates
-        if self.config.objective.needs_gold:
+        if objective.needs_gold:
             gold = self.data.gold(batch.step, self.data.stream.batch(batch.step))
             mine = [gold[position] for position in batch.positions]
             parts.append(gold_rows(mine, batch.positions, pad_id, self.accelerator.device))
@@ -299,7 +344,7 @@ class StableOPDTrainer:
         if batch.teacher_logprobs is not None:
             gap = batch.rollouts.sampling_logprobs - batch.teacher_logprobs
             metrics["teacher/reverse_kl"] = self._token_mean(gap, batch.rollouts.completion_mask)
-        late = batch.scores is not None and batch.scores.sampled_logprobs is None
+        late = batch.teacher_logprobs is not None and batch.scores is not None and batch.scores.sampled_logprobs is None
         due = self._due(batch.step, self.config.logging.rollouts_every_steps) or batch.step == 1
         if late or due:
             views = gather_views(batch)
@@ -318,11 +363,13 @@ class StableOPDTrainer:
         total = self.accelerator.reduce(local, reduction="sum")
         return float(total[0] / total[1])
 
-    def _advance(self, step: int, metrics: dict[str, float]) -> None:
+    def _advance(self, step: int, metrics: dict[str, float], *, stopped: bool) -> None:
         self.state.step = step
+        self.state.stopped = stopped
         self.state.num_tokens += int(metrics.pop("num_new_tokens", 0.0))
         self.state.prompt_cursor = self.data.stream.cursor(step)
         self.state.monitor = self.monitor.state_dict()
+        self.state.controller = self.controller.state_dict()
         metrics["num_tokens"] = float(self.state.num_tokens)
 
     # ------------------------------------------------------------------ run folder
@@ -356,7 +403,9 @@ class StableOPDTrainer:
                 "back, or choose another output_dir"
             )
         self.state = load_checkpoint(found[-1], student=self.student, optimizer=self.updater.optimizer)
+        self.state.stopped = False
         self.monitor.load_state_dict(self.state.monitor)
+        self.controller.load_state_dict(self.state.controller)
         self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
         return self.state.step
 
@@ -381,8 +430,10 @@ class StableOPDTrainer:
         best = accuracy is not None and (self.state.best_metric is None or accuracy > self.state.best_metric)
         if best:
             self.state.best_metric, self.state.best_step = accuracy, step
-        if not (self._due(step, settings.every_steps) or (best and settings.keep_best)):
+        if not (self._due(step, settings.every_steps) or (best and settings.keep_best) or self.state.stopped):
             return
+        self.controller.saved(step, healthy=not self.monitor.alarms)
+        self.state.controller = self.controller.state_dict()
         if self.accelerator.is_main_process:
             folder = self.config.run_dir / "checkpoints"
             path = save_checkpoint(
@@ -395,10 +446,14 @@ class StableOPDTrainer:
             rotate(
                 folder,
                 keep_last=settings.keep_last,
-                keep_step=self.state.best_step if settings.keep_best else None,
+                keep_steps=self.controller.checkpoints_needed + self._best_step(),
             )
             self._each_callback("on_save", str(path))
         self.accelerator.wait_for_everyone()
+
+    def _best_step(self) -> tuple[int, ...]:
+        best = self.state.best_step if self.config.checkpoint.keep_best else None
+        return () if best is None else (best,)
 
     def _due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.max_steps

@@ -120,8 +120,10 @@ class Alert:
     """First step of the unbroken stretch in which the signal was beyond its threshold."""
     message: str
     """What was seen, against what; the likely cause; what to do."""
+    cause: str = ""
+    """Name of the likely cause (`stableopd.health.causes`)."""
     action: str = "none"
-    """What the software did about it."""
+    """What the software did: the controller's alerts name it, those of the monitor say "none"."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -155,6 +157,9 @@ class TrainState:
     best_metric: float | None = None
     best_step: int | None = None
     monitor: dict[str, Any] = field(default_factory=dict)
+    controller: dict[str, Any] = field(default_factory=dict)
+    stopped: bool = False
+    """The controller has ended the run."""
     begun_with: dict[str, str] = field(default_factory=dict)
     """Digests of the student and the data that the run began with."""
 

@@ -13,13 +13,22 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "stableopd"
 
 LAYERS = (
     {"errors", "types"},
-    {"tokens", "reading", "vocabulary", "health.loops", "health.signals", "objective", "distributed"}
+    {"tokens", "reading", "vocabulary", "health.causes", "health.loops", "health.signals", "objective", "distributed"}
     | {"losses", "losses._numerics", "losses.divergences", "losses.supports", "losses.policy", "losses.shaping"}
     | {"losses.rewards", "losses.reduction"},
     {"attention"},
     {"heads"},
     {"fused"},
-    {"protocols", "health", "health.rules", "health.monitor", "health.verdict", "scoring", "advantages"},
+    {
+        "protocols",
+        "health",
+        "health.rules",
+        "health.monitor",
+        "health.controller",
+        "health.verdict",
+        "scoring",
+        "advantages",
+    },
     {"config", "runfolder"},
     {
         "config_files",
@@ -34,7 +43,7 @@ LAYERS = (
         "teachers",
         "teachers.local",
     },
-    {"rows"},
+    {"rows", "probe"},
     {"terms"},
     {"metrics", "recorder", "checkpoint", "step", "evaluate", "preparation", "console", "rewards", "observation"}
     | {"plots", "report", "report.charts", "report.samples", "report.settings", "report.text"},
@@ -47,8 +56,10 @@ LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in mod
 WITHOUT_TORCH = (
     "health.loops",
     "health.signals",
+    "health.causes",
     "health.rules",
     "health.monitor",
+    "health.controller",
     "health.verdict",
     "report",
     "runfolder",

@@ -1,5 +1,6 @@
 """Health of on-policy distillation: how long, how repetitive, how truncated the rollouts are. Needs no torch."""
 
+from stableopd.health.controller import ControllerSettings, Controls, HealthController, Levers
 from stableopd.health.loops import (
     Loop,
     TokenClasses,
@@ -10,7 +11,7 @@ from stableopd.health.loops import (
     near_loop_mask,
     repeated_token_mask,
 )
-from stableopd.health.monitor import HealthMonitor, MonitorSettings
+from stableopd.health.monitor import Alarm, HealthMonitor, MonitorSettings
 from stableopd.health.signals import (
     LengthWarning,
     SequenceLengths,
@@ -28,8 +29,13 @@ from stableopd.health.signals import (
 from stableopd.health.verdict import Verdict, judge_run
 
 __all__ = [
+    "Alarm",
+    "ControllerSettings",
+    "Controls",
+    "HealthController",
     "HealthMonitor",
     "LengthWarning",
+    "Levers",
     "Loop",
     "MonitorSettings",
     "SequenceLengths",

@@ -29,6 +29,7 @@ _AT_LEAST = {
     "patience": 1,
     "cooldown_steps": 0,
 }
+_OF_ALERT = ("rule", "signal", "severity", "since", "value", "threshold", "cause")
 _PAIRS = (
     ("repetition_warning", "repetition_critical"),
     ("loop_warning", "loop_critical"),
@@ -105,6 +106,25 @@ class MonitorSettings:
             raise ConfigError(f"release_fraction must be at most 1, got {self.release_fraction}.")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alarm:
+    """A rule that has raised an alert which is not over."""
+
+    rule: str
+    signal: str
+    severity: Severity
+    since: int
+    """First step of the stretch that raised it."""
+    value: float
+    """When it was last measured."""
+    threshold: float
+    """The level that was crossed."""
+    cause: str
+    """See `Alert.cause`."""
+    easing: bool
+    """The value is back on the good side of the warning level, but not far enough for the alarm to be over."""
+
+
 @dataclass(kw_only=True, slots=True)
 class _Latch:
     """Hysteresis of one rule on one signal. Levels: 0 fine, 1 warning, 2 critical."""
@@ -116,6 +136,8 @@ class _Latch:
     calm: int = 0
     muted_level: int = 0
     muted_until: int = 0
+    alarm: dict[str, Any] | None = None
+    """Of the alert that is on; see `Alarm`."""
 
     def advance(self, step: int, reading: Reading, cooldown_steps: int) -> int:
         """Take in a reading; the level of the alert to raise, or 0."""
@@ -128,6 +150,9 @@ class _Latch:
         self.calm = self.calm + 1 if reading.calm else 0
         if self.level and self.calm >= reading.patience:
             self.muted_level, self.muted_until, self.level = self.level, step + cooldown_steps, 0
+            self.alarm = None
+        if self.alarm:
+            self.alarm.update(value=reading.value, cause=reading.cause.name, easing=reading.level == 0)
         reached = max(level for level in (0, 1, 2) if level == 0 or self.streak[level] >= reading.patience)
         muted = reached <= self.muted_level and step < self.muted_until
         if reached <= self.level or muted:
@@ -218,8 +243,15 @@ class HealthMonitor:
             latch = self._latches.setdefault(f"{rule} {reading.signal}", _Latch())
             level = latch.advance(step, reading, self.settings.cooldown_steps)
             if level:
-                alerts.append(_alert(rule, level, step, latch.since[level], reading))
+                alert = _alert(rule, level, step, latch.since[level], reading)
+                latch.alarm = {name: getattr(alert, name) for name in _OF_ALERT} | {"easing": False}
+                alerts.append(alert)
         return tuple(alerts)
+
+    @property
+    def alarms(self) -> tuple[Alarm, ...]:
+        """The alerts that are not over."""
+        return tuple(Alarm(**latch.alarm) for latch in self._latches.values() if latch.alarm)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the monitor remembers, as JSON values. A monitor that loads it goes on exactly alike."""
@@ -247,7 +279,9 @@ def _alert(rule: str, level: int, step: int, since: int, reading: Reading) -> Al
         threshold=float(threshold),
         step=step,
         since=since,
-        message=f"{reading.seen}: {side} the {severity} level of {threshold:.4g} since step {since}. {reading.advice}",
+        cause=reading.cause.name,
+        message=f"{reading.seen}: {side} the {severity} level of {threshold:.4g} since step {since}. "
+        f"{reading.cause.advice}",
     )
 
 

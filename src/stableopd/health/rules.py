@@ -12,6 +12,18 @@ from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from stableopd.health.causes import (
+    BUDGET,
+    DRIFT,
+    EARLY_LOOPS,
+    END_TOKEN,
+    FORGETTING,
+    INFLATION,
+    UNLEARNS_STOPPING,
+    UNMEASURED,
+    Cause,
+)
+
 if TYPE_CHECKING:
     from stableopd.health.monitor import MonitorSettings
 
@@ -22,7 +34,8 @@ ACCURACY = "completions/accuracy"
 REPETITION = "health/repetition_rate"
 LOOPS = "health/loop_token_fraction"
 STOP_PROBE = "health/stop_probe"
-TRACKED = (MEAN_LENGTH, TRUNCATION, ACCURACY, REPETITION, LOOPS, STOP_PROBE)
+ENDING_PROBE = "health/ending_probe"
+TRACKED = (MEAN_LENGTH, TRUNCATION, ACCURACY, REPETITION, LOOPS, STOP_PROBE, ENDING_PROBE)
 
 NEVER = math.inf
 NEVER_STOPS = 0.95
@@ -41,7 +54,7 @@ class Reading:
     """An alert is over once the value is on the good side of this."""
     seen: str
     """What was seen and what it is compared to, ready to be followed by the threshold."""
-    advice: str
+    cause: Cause
     patience: int
     falling: bool = False
     """Low is bad instead of high."""
@@ -172,7 +185,7 @@ def _length_over_expected(metrics: Mapping[str, float], history: History) -> Rea
         critical=bound if mean > bound else NEVER,
         release=bound,
         seen=f"The longest completion has {metrics[MAX_LENGTH]:.0f} tokens (mean {mean:.0f})",
-        advice=_advice(history),
+        cause=_cause(history),
         patience=1,
     )
 
@@ -190,7 +203,7 @@ def _length_growth(metrics: Mapping[str, float], history: History) -> Reading | 
         release=_release(warning, baseline, settings),
         seen=f"Completions have {now:.1f} tokens on average ({_window(settings)}), {now / baseline:.2f} times the "
         f"{baseline:.1f} of the first {settings.baseline_steps} steps",
-        advice=_advice(history),
+        cause=_cause(history),
         patience=settings.patience,
         excused=_grows_for_a_reason(history),
     )
@@ -213,7 +226,7 @@ def _truncation(metrics: Mapping[str, float], history: History) -> Reading | Non
         release=_release(warning, min(baseline or 0.0, warning), settings),
         seen=f"{now:.0%} of the completions run out of budget ({_window(settings)}; "
         f"{_since_start(baseline, settings)})",
-        advice=_advice(history),
+        cause=_cause(history),
         patience=settings.patience,
     )
 
@@ -245,7 +258,7 @@ def _share_reading(signal: str, what: str, warning: float, critical: float, hist
         critical=NEVER if waits_for_baseline else _rise(baseline or 0.0, critical),
         release=_release(warning, 0.0, settings),
         seen=f"{now:.1%} {what} ({_window(settings)}; {_since_start(baseline, settings)})",
-        advice=_advice(history),
+        cause=_cause(history),
         patience=settings.patience,
     )
 
@@ -263,7 +276,7 @@ def _stop_probe(metrics: Mapping[str, float], history: History) -> Reading | Non
         release=_release(warning, baseline, settings),
         seen=f"The student ends a finished gold answer with probability {now:.2f} ({_window(settings)}; "
         f"{baseline:.2f} in the first {settings.baseline_steps} steps)",
-        advice="It is unlearning to stop, which comes before truncation and loops. " + REMEDY,
+        cause=UNLEARNS_STOPPING,
         patience=settings.patience,
         falling=True,
     )
@@ -282,7 +295,7 @@ def _eval_accuracy(key: str, history: History) -> Reading:
         release=_release(warning, series.best, settings),
         seen=f"Held-out accuracy on {name} is {series.last:.3f} after a best of {series.best:.3f}"
         + (f", with {truncation:.0%} truncated" if truncation is not None else ""),
-        advice=f"{INFLATION} {REMEDY}" if truncated or _loops_seen(history) else FORGETTING,
+        cause=INFLATION if truncated or _loops_seen(history) else FORGETTING,
         patience=1,
         falling=True,
     )
@@ -298,55 +311,27 @@ def _eval_truncation(key: str, history: History) -> Reading:
         critical=NEVER,
         release=_release(warning, min(series.first, warning), settings),
         seen=f"{series.last:.0%} of the held-out answers on {name} run out of budget ({series.first:.0%} at first)",
-        advice="Decoding loops on held-out prompts often before training rollouts do. " + REMEDY,
+        cause=EARLY_LOOPS,
         patience=1,
     )
 
 
 # ------------------------------------------------------------------------------------ what it means
 
-REMEDY = (
-    "What to do: turn on StableOPD, or raise its coefficients (objective.gold.coef, objective.reference.coef), "
-    "and go back to a checkpoint from before the rise."
-)
-INFLATION = (
-    "Likely cause: length inflation; the student falls into repetition, which the teacher finds easy to predict, "
-    "so that every update makes it more frequent."
-)
-END_TOKEN = (
-    "Likely cause: hardly anything has ever stopped by itself, so the end token or the chat template of student and "
-    "teacher differ, or the end token is not among those that generation stops at. "
-    "What to do: check the EOS ids (`stableopd doctor`) before training on."
-)
-BUDGET = (
-    "Likely cause: a budget too small for these answers, or an end token that is not recognised. "
-    "What to do: raise rollout.max_completion_length, and check the EOS ids (`stableopd doctor`)."
-)
-DRIFT = (
-    "No truncation or repetition was seen beside it, so this may be longer reasoning or the first sign of length "
-    "inflation: held-out accuracy tells which. " + REMEDY
-)
-FORGETTING = (
-    "Most answers still end, so this need not be length inflation. Likely cause: chance, if the evaluation is small, "
-    "or a learning rate that is too high. What to do: evaluate on more prompts, lower optimizer.learning_rate, or "
-    "raise objective.reference.coef."
-)
-UNMEASURED = " Loops were not measured: give the monitor texts or token_ids to tell this from length inflation."
 
-
-def _advice(history: History) -> str:
-    """The likely cause and what to do, from the signals side by side."""
+def _cause(history: History) -> Cause:
+    """The likely cause, from the signals side by side."""
     settings = history.settings
     truncation = history.now(TRUNCATION) or 0.0
     started_at = history.baseline(TRUNCATION)
     if truncation > NEVER_STOPS and (started_at is None or started_at > NEVER_STOPS):
         return END_TOKEN
     if _loops_seen(history):
-        return f"{INFLATION} {REMEDY}"
+        return INFLATION
     risen = truncation > (started_at or 0.0) + settings.truncation_rise_warning
     cause = BUDGET if risen or truncation > settings.truncated_warning else DRIFT
     measured = history.now(LOOPS) is not None or history.now(REPETITION) is not None
-    return cause if measured else cause + UNMEASURED
+    return cause if measured else cause._replace(remedy=cause.remedy + UNMEASURED)
 
 
 def _loops_seen(history: History) -> bool:
