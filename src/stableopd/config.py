@@ -188,7 +188,7 @@ class HealthConfig(Section):
     an earlier checkpoint (`rollback`), or the end of the run (`stop`)."""
     controller: ControllerConfig = ControllerConfig()
     probe_prompts: NonNegativeInt = 16
-    """Golden solutions whose ending the student is asked for at each step, where gold is in no loss; 0: none."""
+    """Golden solutions whose ending the student is asked for at each step; 0: none."""
     thresholds: dict[str, float] = Field(default_factory=dict)
     """Any other field of MonitorSettings, by name."""
 

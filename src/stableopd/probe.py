@@ -1,6 +1,8 @@
 """The stop probe: how likely the student is to end a golden solution where and as it ends.
 
-A student that starts to unlearn stopping shows it here before its rollouts grow.
+A student that starts to unlearn stopping shows it here before its rollouts grow. The solutions are the same for the
+whole run: those that a batch brings along anyway would cost nothing, but their change from step to step is ten times
+the drift that is to be seen (docs/health.md).
 """
 
 from __future__ import annotations
@@ -15,8 +17,6 @@ from stableopd.types import Example
 
 ENDING_TOKENS = 4
 """Tokens of an ending, end token included: enough to hold the verdict that comes before it."""
-
-PROBES = (STOP_PROBE, ENDING_PROBE)
 
 
 def probe_sums(logprobs: Tensor, mask: Tensor) -> dict[str, float]:

@@ -26,7 +26,7 @@ from stableopd.distributed import sum_gradients
 from stableopd.fused import FusedOutput, Projected, fused_loss
 from stableopd.heads import Head, HeadlessModel
 from stableopd.objective import ObjectiveConfig
-from stableopd.probe import PROBES, probe_sums
+from stableopd.probe import probe_sums
 from stableopd.rows import TrainingRows
 from stableopd.scoring import Autocast, Scores, Sequences, StatesModel, completion_scores, completion_states
 from stableopd.terms import (
@@ -98,7 +98,7 @@ class Updater:
         )
 
     def probe(self, rows: TrainingRows) -> dict[str, float]:
-        """The stop probe on golden solutions that are in no loss: means over all processes' `rows`, by metric key."""
+        """The stop probe on golden solutions: means over all processes' `rows`, by metric key."""
         scores = completion_scores(
             self.student, rows, temperature=1.0, token_budget=self._token_budget, autocast=self._autocast
         )
@@ -120,9 +120,8 @@ class Updater:
         """
         coefs = coefficients(self.objective)
         weights = token_weights(rows, self.objective, self._sequence_length)
-        counts = [float(rows.rollout_mask.sum()), float(rows.is_gold.sum())]
-        shares = self._sum([*(weights[name][1] for name in coefs), *counts])
-        totals = dict(zip((*coefs, "rollout", "golden solutions"), shares, strict=True))
+        shares = self._sum([*(weights[name][1] for name in coefs), float(rows.rollout_mask.sum())])
+        totals = dict(zip((*coefs, "rollout"), shares, strict=True))
         nothing_counts = not any(totals[name] for name in coefs)
         if nothing_counts and teacher_logprobs is None:
             return {"skipped_updates": 1.0}
@@ -130,7 +129,6 @@ class Updater:
         names = [f"loss/{name}" for name in coefs if totals[name] > 0]
         names += _ROLLOUT_FIGURES if totals["rollout"] and self.objective.needs_rollouts else ()
         names += ["reference/kl"] if "loss/reference" in names else []
-        names += PROBES if "loss/gold" in names else []
         sums = dict.fromkeys(names, 0.0)
         self.student.train()
         for micro in rows.micro_batches(self._token_budget, packed=self.student.packs):
@@ -168,9 +166,6 @@ class Updater:
             weight = getattr(micro, f"{name}_weight")[micro.completion_mask]
             if f"loss/{name}" in sums:
                 sums[f"loss/{name}"] += float((values * weight).sum()) / coefs[name]
-        if is_gold and "loss/gold" in sums:
-            for name, total in probe_sums(passed.logprobs, micro.completion_mask).items():
-                sums[name] += total / totals["golden solutions"]
         if not is_gold:
             assert passed.entropy is not None
             figures = rollout_figures(micro, passed.logprobs, passed.entropy, self.objective.distill)

@@ -133,25 +133,28 @@ class StableOPDTrainer:
         batch = self._my_prompts(step)
         metrics: dict[str, float] = {}
         alerts: tuple[Alert, ...] = ()
-        controls = self.controller.controls()
         if self.config.objective.needs_rollouts:
             with self._phase(clock, step, "rollout"):
-                batch.rollouts = self.engine.generate(batch.examples, self._sampling(controls), step=step)
+                batch.rollouts = self.engine.generate(batch.examples, self._sampling(), step=step)
             with self._phase(clock, step, "teacher"):
                 self._score(batch)
             with self._phase(clock, step, "health"):
                 health = self._observe(batch)
                 metrics.update(health.metrics)
-                controls, done = self._decide(step)
-                alerts += health.alerts + done
+                alerts += health.alerts
+        if self.probe_rows is not None:
+            with self._phase(clock, step, "health"):
+                probe = self.updater.probe(self.probe_rows)
+                metrics.update(probe)
+                alerts += self.monitor.judge(step, probe)
+        controls, done = self._decide(step)
+        alerts += done
         metrics.update(self.controller.metrics())
         if controls.rollback_to is not None:
             self._roll_back(controls.rollback_to)
         elif not controls.stop:
             with self._phase(clock, step, "update"):
-                figures = self._update(batch, controls)
-                metrics.update(figures)
-                alerts += self.monitor.judge(step, figures)  # the stop probe, where gold is in the loss
+                metrics.update(self._update(batch, controls))
                 self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
         metrics.update(self._hindsight(batch))
         metrics.update(clock.metrics())
@@ -214,10 +217,10 @@ class StableOPDTrainer:
         positions = list(range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes))
         return StepBatch(step=step, positions=positions, examples=[prompts[position] for position in positions])
 
-    def _sampling(self, controls: Controls) -> Sampling:
+    def _sampling(self) -> Sampling:
         rollout = self.config.rollout
         return Sampling(
-            max_new_tokens=controls.max_completion_length,
+            max_new_tokens=self.controller.controls().max_completion_length,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
@@ -255,9 +258,6 @@ class StableOPDTrainer:
             advantages=all_advantages(views),
             accuracy=figures.get("reward/right_fraction"),
         )
-        if self.probe_rows is not None and not self.controller.controls().gold_coef:  # with gold the probe is free
-            figures |= self.updater.probe(self.probe_rows)
-            report = replace(report, alerts=report.alerts + self.monitor.judge(batch.step, figures))
         return replace(report, metrics={**report.metrics, **figures})
 
     def _levers(self) -> Levers:

@@ -87,20 +87,30 @@ def update(
     return updater.update(rows, 0.0, teacher_logprobs), grads
 
 
-def test_the_stop_probe_is_the_mean_probability_of_the_end_after_each_golden_solution(tokenizer, rows):
+@pytest.mark.parametrize("token_budget", [20, 10_000])
+def test_the_probe_is_the_mean_probability_of_the_end_and_of_the_last_four_tokens_of_each_golden_solution(
+    tokenizer, rows, token_budget
+):
     student = model(tokenizer, 1)
-    ends = []
+    ends, endings = [], []
     for row in rows.is_gold.nonzero().squeeze(1).tolist():
         prompt = rows.prompt_ids[row][rows.prompt_mask[row]]
         gold = rows.completion_ids[row][rows.completion_mask[row]]
-        logits = student(input_ids=torch.cat([prompt, gold])[None]).logits[0, -2, :VOCAB]
+        log_p = student(input_ids=torch.cat([prompt, gold])[None]).logits[0, len(prompt) - 1 : -1, :VOCAB].double()
+        log_p = log_p.log_softmax(-1).gather(-1, gold[:, None])[:, 0]
         assert gold[-1] == EOS
-        ends.append(logits.double().softmax(-1)[EOS].item())
+        ends.append(log_p[-1].exp().item())
+        endings.append(log_p[-4:].sum().exp().item())
     assert len(ends) == 5
-    for token_budget in (20, 10_000):
-        figures, _ = update(tokenizer, rows, token_budget=token_budget)
-        assert figures["health/stop_probe"] == pytest.approx(sum(ends) / 5, rel=1e-5)
-    assert "health/stop_probe" not in update(tokenizer, rows, objective=ObjectiveConfig(distill={"coef": 1.0}))[0]
+    updater = Updater(
+        HeadlessModel(student, VOCAB), torch.optim.SGD(student.parameters(), lr=0.0), OBJECTIVE, Accelerator(cpu=True),
+        temperature=TEMPERATURE, max_grad_norm=1.0, token_budget=token_budget,
+    )  # fmt: skip
+    figures = updater.probe(rows.select(rows.is_gold.nonzero().squeeze(1).tolist()))
+    assert figures == {
+        "health/stop_probe": pytest.approx(sum(ends) / 5, rel=1e-5),
+        "health/ending_probe": pytest.approx(sum(endings) / 5, rel=1e-5),
+    }
 
 
 WEIGHTS = ("distill_weight", "reward_weight", "reference_weight", "gold_weight")

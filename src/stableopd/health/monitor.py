@@ -75,6 +75,9 @@ class MonitorSettings:
     """Mean length as a multiple of the baseline."""
     stop_probe_drop_warning: float = 0.3
     """Fall of `health/stop_probe`, relative to its baseline."""
+    probe_slack: float = 0.05
+    probe_sunk_warning: float = 0.25
+    """Fall of `health/ending_probe` below its baseline, relative to it, beyond the slack, summed over steps (CUSUM)."""
     accuracy_drop_warning: float = 0.10
     accuracy_drop_critical: float = 0.15
     """Fall of held-out accuracy below its best; critical only with more than half of the answers truncated."""
@@ -165,8 +168,8 @@ class HealthMonitor:
     """Turns the rollouts of each step into a `HealthReport` with figures and alerts.
 
     Rules: `length_over_expected`, `length_growth`, `truncation`, `repetition`, `loops`, `stop_probe`,
-    `eval_accuracy`, `eval_truncation`. A rule raises an alert on entering the warning or critical level,
-    and again only on escalation, or after it has come back below its release level and cooled down.
+    `ending_probe`, `eval_accuracy`, `eval_truncation`. A rule raises an alert on entering the warning or critical
+    level, and again only on escalation, or after it has come back below its release level and cooled down.
     A signal that a step lacks leaves its rule as it was. Needs no torch and nothing of the trainer.
     """
 

@@ -78,15 +78,20 @@ class Reading:
 
 @dataclass(kw_only=True, slots=True)
 class Series:
-    """The first values of a signal (its baseline) and the last ones (its window)."""
+    """The first values of a signal (its baseline), the last ones (its window), and how far it has sunk (CUSUM)."""
 
     first: list[float] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
+    sunk: float = 0.0
+    """Sum of what the signal lies below its baseline, relative to it, beyond a slack a step; never below 0."""
 
-    def push(self, value: float, baseline_steps: int, window: int) -> None:
-        if len(self.first) < baseline_steps:
+    def push(self, value: float, settings: MonitorSettings) -> None:
+        if len(self.first) < settings.baseline_steps:
             self.first.append(value)
-        self.recent = [*self.recent, value][-window:]
+        elif self.first and (start := _mean(self.first)):
+            most = 2 * settings.probe_sunk_warning  # a long alarm must not take as long to end
+            self.sunk = min(max(self.sunk + 1 - value / start - settings.probe_slack, 0.0), most)
+        self.recent = [*self.recent, value][-settings.window :]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -112,7 +117,7 @@ class History:
                 continue
             value = float(figure)
             if key in TRACKED:
-                self.series.setdefault(key, Series()).push(value, self.settings.baseline_steps, self.settings.window)
+                self.series.setdefault(key, Series()).push(value, self.settings)
             elif key.startswith("eval/") and key.endswith(("/accuracy", "/truncation_rate")):
                 before = self.evals.get(key, EvalSeries(first=value, best=value, last=value))
                 self.evals[key] = EvalSeries(first=before.first, best=max(before.best, value), last=value)
@@ -128,6 +133,10 @@ class History:
         complete = series and series.first and len(series.first) == self.settings.baseline_steps
         return _mean(series.first) if series and complete else None
 
+    def sunk(self, key: str) -> float:
+        """How far a signal has sunk; see `Series.sunk`."""
+        return self.series[key].sunk if key in self.series else 0.0
+
     def eval_truncation(self, name: str) -> float | None:
         """Last truncation rate on a held-out set, of greedy decoding where there is some."""
         for key in (f"eval/{name}_greedy/truncation_rate", f"eval/{name}/truncation_rate"):
@@ -142,7 +151,9 @@ class History:
         }
 
     def load_json(self, state: Mapping[str, Any]) -> None:
-        self.series = {key: Series(first=[*s["first"]], recent=[*s["recent"]]) for key, s in state["series"].items()}
+        self.series = {
+            key: Series(**{**s, "first": [*s["first"]], "recent": [*s["recent"]]}) for key, s in state["series"].items()
+        }
         self.evals = {key: EvalSeries(**series) for key, series in state["evals"].items()}
 
 
@@ -155,6 +166,7 @@ def read_all(metrics: Mapping[str, float], history: History) -> Iterator[tuple[s
         "repetition": (REPETITION, _repetition),
         "loops": (LOOPS, _loops),
         "stop_probe": (STOP_PROBE, _stop_probe),
+        "ending_probe": (ENDING_PROBE, _ending_probe),
     }
     for rule, (signal, read) in rules.items():
         if is_number(metrics.get(signal)):
@@ -279,6 +291,26 @@ def _stop_probe(metrics: Mapping[str, float], history: History) -> Reading | Non
         cause=UNLEARNS_STOPPING,
         patience=settings.patience,
         falling=True,
+    )
+
+
+def _ending_probe(metrics: Mapping[str, float], history: History) -> Reading | None:
+    """Its golden solutions are always the same, so that it hardly varies but for the drift: a CUSUM sees that early."""
+    settings, now, baseline = history.settings, history.now(ENDING_PROBE), history.baseline(ENDING_PROBE)
+    if now is None or not baseline:
+        return None
+    warning = settings.probe_sunk_warning
+    return Reading(
+        signal=ENDING_PROBE,
+        value=history.sunk(ENDING_PROBE),
+        warning=warning,
+        critical=NEVER,
+        release=_release(warning, 0.0, settings),
+        seen=f"The student ends golden solutions as they end with probability {now:.3f} ({_window(settings)}; "
+        f"{baseline:.3f} in the first {settings.baseline_steps} steps); what it lacks beyond "
+        f"{settings.probe_slack:.0%} a step adds up to {history.sunk(ENDING_PROBE):.2f}",
+        cause=UNLEARNS_STOPPING,
+        patience=1,
     )
 
 
