@@ -164,7 +164,7 @@ class StableOPDTrainer:
             metrics.update(evaluation)
             alerts += self.monitor.observe_eval(step, evaluation)
         self._advance(step, metrics, stopped=controls.stop)
-        self._log(step, metrics, alerts if self.config.health.actions != "off" else ())
+        self._log(step, metrics, alerts)
         self._save_if_due(step, metrics)
         return metrics
 
@@ -417,6 +417,8 @@ class StableOPDTrainer:
         self._sinks, self.recorder = [], None
 
     def _log(self, step: int, metrics: dict[str, float], alerts: tuple[Alert, ...]) -> None:
+        if self.config.health.actions == "off":
+            alerts = ()
         if self.recorder:
             self.recorder.metrics(step, metrics)
             self.recorder.alerts(alert.to_json() for alert in alerts)

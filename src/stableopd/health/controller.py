@@ -22,6 +22,8 @@ FIRST_GOLD, FIRST_REFERENCE = 1.0, 0.1
 RAISE_BY = 3.0
 """Each further level multiplies both coefficients by this."""
 MAX_LEVEL = 3
+CRITICAL_LEVEL = 2
+"""Level that a critical alarm raises to at once."""
 SEVERITY: Mapping[Action, Severity] = {"rollback": "warning", "stop": "critical"}
 
 
@@ -81,7 +83,8 @@ class _State:
     floor: int = 0
     """Level that decay does not go below: StableOPD stays on once plain OPD has raised an alarm."""
     raised_at: int | None = None
-    """Step of the last raise or rollback."""
+    """Step of the last raise."""
+    rolled_back_at: int | None = None
     calm_since: int = 0
     """Last step with an alarm, or at which the level went down."""
     num_rollbacks: int = 0
@@ -131,20 +134,21 @@ class HealthController:
         if not mendable:
             return self.controls(), ()
         worst = max(mendable, key=lambda alarm: (alarm.severity == "critical", -alarm.since))
-        if self._state.raised_at is not None and step - self._state.raised_at < self.settings.cooldown_steps:
-            return self.controls(), ()
-        if self.settings.actions == "rollback" and worst.severity == "critical":
+        critical_now = worst.severity == "critical"
+        if self.settings.actions == "rollback" and critical_now and self._rested(step, self._state.rolled_back_at):
             if self._state.num_rollbacks >= self.settings.max_rollbacks:
                 return self._stop(step, worst, f"{self._state.num_rollbacks} rollbacks have not helped")
             target = self._newest_healthy(min(alarm.since for alarm in mendable))
             if target is not None:
                 return self._roll_back(step, worst, target)
-        return self._raise(step, worst)
+        if self._rested(step, self._state.raised_at) or (critical_now and self._state.level < CRITICAL_LEVEL):
+            return self._raise(step, worst)
+        return self.controls(), ()
 
     def controls(self) -> Controls:
         """What holds now."""
         level, levers, settings = self._state.level, self.levers, self.settings
-        shortened = settings.shorten_budget and level >= 2
+        shortened = settings.shorten_budget and level >= CRITICAL_LEVEL
         return Controls(
             gold_coef=self._coef(levers.gold_coef, FIRST_GOLD, settings.max_gold_coef, levers.has_gold),
             reference_coef=self._coef(
@@ -188,17 +192,21 @@ class HealthController:
 
     def _raise(self, step: int, alarm: Alarm) -> tuple[Controls, tuple[Alert, ...]]:
         state, before = self._state, self.controls()
-        state.level = min(MAX_LEVEL, max(state.level + 1, 2 if alarm.severity == "critical" else 1))
+        state.level = min(MAX_LEVEL, max(state.level + 1, CRITICAL_LEVEL if alarm.severity == "critical" else 1))
         if self.levers.gold_coef == 0 or self.levers.reference_coef == 0:
             state.floor = 1
         state.raised_at = step
         return self.controls(), self._log(step, before, alarm, "raise", f"after {_named(alarm)}")
 
     def _roll_back(self, step: int, alarm: Alarm, target: int) -> tuple[Controls, tuple[Alert, ...]]:
-        """Stronger stabilisation too: the same steps from the same weights would end the same way."""
+        """Stronger stabilisation too: the same steps from the same weights would end the same way.
+
+        Should the trouble come back before another checkpoint is saved, the next rollback goes further back.
+        """
         _, said = self._raise(step, alarm)
         self._state.num_rollbacks += 1
-        self._state.healthy = [saved for saved in self._state.healthy if saved <= target]
+        self._state.rolled_back_at = step
+        self._state.healthy = [saved for saved in self._state.healthy if saved < target]
         text = (
             f"Went back to the weights and the optimizer of step {target} after {_named(alarm)} "
             f"({self._state.num_rollbacks} of at most {self.settings.max_rollbacks} rollbacks). Steps go on counting"
@@ -218,6 +226,9 @@ class HealthController:
         state.level -= 1
         state.calm_since = step
         return self.controls(), self._log(step, before, None, "lower", f"after {self.settings.calm_steps} calm steps")
+
+    def _rested(self, step: int, last: int | None) -> bool:
+        return last is None or step - last >= self.settings.cooldown_steps
 
     def _newest_healthy(self, since: int) -> int | None:
         """The newest checkpoint from before the trouble, which began earlier than it was noticed."""

@@ -75,8 +75,8 @@ class MonitorSettings:
     """Mean length as a multiple of the baseline."""
     stop_probe_drop_warning: float = 0.3
     """Fall of `health/stop_probe`, relative to its baseline."""
-    probe_slack: float = 0.05
-    probe_sunk_warning: float = 0.25
+    probe_slack: float = 0.08
+    probe_sunk_warning: float = 0.1
     """Fall of `health/ending_probe` below its baseline, relative to it, beyond the slack, summed over steps (CUSUM)."""
     accuracy_drop_warning: float = 0.10
     accuracy_drop_critical: float = 0.15

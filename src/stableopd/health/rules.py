@@ -343,7 +343,7 @@ def _eval_truncation(key: str, history: History) -> Reading:
         critical=NEVER,
         release=_release(warning, min(series.first, warning), settings),
         seen=f"{series.last:.0%} of the held-out answers on {name} run out of budget ({series.first:.0%} at first)",
-        cause=EARLY_LOOPS,
+        cause=EARLY_LOOPS if series.last > series.first + settings.truncation_rise_warning / 2 else BUDGET,
         patience=1,
     )
 
