@@ -22,7 +22,7 @@ from stableopd.report.positions import MAX_RUNS, position_charts
 from stableopd.report.samples import ShownSample, printable, shown_samples
 from stableopd.report.settings import differences, flatten, show
 from stableopd.report.text import answers, cards, headline
-from stableopd.report.timeline import timeline
+from stableopd.report.timeline import timeline_chart
 from stableopd.runfolder import RunRecord, read_runs
 
 
@@ -116,7 +116,7 @@ def _figures(charts: Sequence[Chart]) -> dict[str, Any]:
 
 def _health(runs: Sequence[RunRecord]) -> Health:
     return Health(
-        timeline=timeline(runs),
+        timeline=timeline_chart(runs),
         mechanism=mechanism_charts(runs),
         positions=position_charts(runs),
         loops=[found for number, run in enumerate(runs) if (found := run_loops(number, run))],

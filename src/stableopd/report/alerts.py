@@ -66,6 +66,8 @@ class AlertRow:
     against: str
     cause: str
     remedy: str
+    same_as: int | None
+    """Step of an earlier alert of the run that had the same cause and remedy."""
     action: str
     by_controller: bool
 
@@ -131,12 +133,16 @@ def _raised_again(alert: Alert, later: tuple[Alert, ...]) -> int | None:
 
 def alert_rows(run: RunRecord) -> list[AlertRow]:
     """The first alerts of a run, taken apart for the table."""
-    return [_row(episode) for episode in episodes(run)[:MAX_ALERTS]]
+    said: dict[tuple[str, str], int] = {}
+    return [_row(episode, said) for episode in episodes(run)[:MAX_ALERTS]]
 
 
-def _row(episode: Episode) -> AlertRow:
+def _row(episode: Episode, said: dict[tuple[str, str], int]) -> AlertRow:
     alert = episode.alert
     seen, cause, remedy = message_parts(shortened(alert.message))
+    advice = (cause, remedy)
+    before = said.get(advice) if any(advice) else None
+    said.setdefault(advice, alert.step)
     return AlertRow(
         step=alert.step,
         severity=alert.severity,
@@ -146,6 +152,7 @@ def _row(episode: Episode) -> AlertRow:
         against="" if episode.is_controller else _against(alert),
         cause=cause,
         remedy=remedy,
+        same_as=before,
         action=alert.action if episode.is_action else "",
         by_controller=episode.is_controller,
     )

@@ -322,7 +322,8 @@ REPEATED_WEIGHT = Panel(
 )
 STOP_PROBE = Panel(
     "Stop probe",
-    "How surely the student ends a finished golden solution. Healthy: high and level; it falls before lengths grow.",
+    "How surely the student ends a finished golden solution. Healthy: high and level. "
+    "A fall often comes before lengths grow.",
     (Curve("health/stop_probe", "probability of ending"),),
     "share",
 )

@@ -73,7 +73,7 @@ def bounds_of(run: RunRecord) -> set[int]:
 
 def _grids(run: RunRecord, bounds: tuple[int, ...]) -> list[Grid]:
     found = [_grid(run, measure, bounds) for measure in MEASURES]
-    return [grid for grid in found if any(value is not None for band in grid.values for value in band)]
+    return [grid for grid in found if grid.steps]
 
 
 def _grid(run: RunRecord, measure: Measure, bounds: tuple[int, ...]) -> Grid:
@@ -92,9 +92,9 @@ def _grid(run: RunRecord, measure: Measure, bounds: tuple[int, ...]) -> Grid:
 def _mean(band: dict[int, float], stretch: Sequence[int], measure: Measure) -> float | None:
     """Over the steps that measured it; a share that was left out because no rollout got so far is 0 there."""
     values = [band[step] for step in stretch if step in band]
-    if not values:
-        return None
-    return sum(values) / len(stretch) if measure.share else fmean(values)
+    if measure.share:
+        return sum(values) / len(stretch)
+    return fmean(values) if values else None
 
 
 def _scale(measure: Measure, grids: Sequence[Grid]) -> tuple[float, float]:
@@ -190,7 +190,7 @@ def _own_mark(number: int, run: RunRecord) -> list[dict[str, Any]]:
 
 def _words(text: str, y: float) -> dict[str, Any]:
     place = {"xref": "paper", "yref": "paper", "x": 0, "y": y, "xanchor": "left", "yanchor": "bottom"}
-    return place | {"text": text, "showarrow": False}
+    return place | {"align": "left", "text": text, "showarrow": False}
 
 
 def gain_in_words(grids: Sequence[Grid]) -> str:

@@ -63,7 +63,7 @@ class Bar:
     episode: Episode
 
 
-def timeline(runs: Sequence[RunRecord]) -> Chart | None:
+def timeline_chart(runs: Sequence[RunRecord]) -> Chart | None:
     """One figure: a lane per rule, then length, truncation, loops, accuracy and coefficients, as far as they are known.
 
     None without alerts when nothing of the rollouts was logged either.
@@ -122,8 +122,8 @@ def _rows(runs: Sequence[RunRecord]) -> list[Row]:
         Row(
             title="Share of tokens in loops",
             curves=(
-                Curve("health/loop_token_fraction", "exact loops"),
-                Curve("health/near_loop_token_fraction", "near loops", "dash"),
+                Curve("health/loop_token_fraction", "exact"),
+                Curve("health/near_loop_token_fraction", "near", "dash"),
             ),
             share=True,
         ),
@@ -226,7 +226,9 @@ def _action_trace(actions: Sequence[Episode], run: int, runs: Sequence[RunRecord
         "mode": "markers+text" if named else "markers",
         "x": [episode.alert.step for episode in actions],
         "y": [-_offset(run, len(runs)) for _ in actions],
-        "text": [escape(printable(in_words(episode.alert.action)[:16])) if named else "" for episode in actions],
+        "text": [
+            "\u00a0" + escape(printable(in_words(episode.alert.action)[:16])) if named else "" for episode in actions
+        ],
         "textposition": "middle right",
         "textfont": {"size": 11},
         "marker": {"symbol": "diamond", "size": 10},
@@ -299,4 +301,8 @@ def _row_axis(row: Row, bottom: float, top: float) -> dict[str, Any]:
 
 def _words(text: str, y: float, yref: str) -> dict[str, Any]:
     place = {"xref": "paper", "yref": yref, "x": 0, "y": y, "xanchor": "left"}
-    return place | {"yanchor": "top" if yref == "y" else "bottom", "text": escape(printable(text)), "showarrow": False}
+    return (
+        place
+        | {"yanchor": "top" if yref == "y" else "bottom", "align": "left", "text": escape(printable(text))}
+        | {"showarrow": False}
+    )
