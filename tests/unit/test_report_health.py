@@ -25,6 +25,7 @@ from stableopd.report.alerts import alert_rows, episodes, message_parts
 from stableopd.report.charts import mechanism_charts
 from stableopd.report.loops import least_rotation, loops_of, run_loops, shown_parts
 from stableopd.report.positions import bands, position_charts
+from stableopd.report.settings import method
 from stableopd.report.text import remedy
 from stableopd.runfolder import ROLLOUTS_SCANNED, RunRecord, read_run, read_runs, rollout_steps
 from stableopd.types import Alert
@@ -218,6 +219,14 @@ def test_an_action_is_a_diamond_that_says_its_name_and_its_message(page: str) ->
     (actions,) = [trace for trace in traces(page) if trace["name"] == "actions"]
     assert (actions["x"], actions["text"], actions["marker"]["symbol"]) == ([44], ["\u00a0raise"], "diamond")
     assert "both decay by 2%" in actions["hovertext"][0].replace("<br>", " ")
+
+
+def test_many_actions_are_told_by_the_pointer_alone(tmp_path: Path) -> None:
+    acts = [an_alert(rule="controller", action="raise", step=step, since=step) for step in range(20)]
+    chart = timeline.timeline_chart([a_run(tmp_path, level(8, 20), *acts)])
+    assert chart is not None
+    (actions,) = [trace for trace in chart.figure["data"] if trace["name"] == "actions"]
+    assert (actions["mode"], set(actions["text"]), len(actions["hovertext"])) == ("markers", {""}, 20)
 
 
 def test_an_action_on_an_alert_of_the_monitor_is_shown_as_both(tmp_path: Path) -> None:
@@ -537,6 +546,11 @@ def test_a_run_of_thousands_of_steps_gives_a_page_of_bounded_size(tmp_path: Path
 
 
 # ------------------------------------------------------------------------------------ words
+
+
+def test_a_controller_that_may_change_the_run_is_named_with_the_method() -> None:
+    assert method({"method": "opd", "health": {"actions": "stabilise"}}) == "opd · actions stabilise"
+    assert method({"method": "opd", "health": {"actions": "warn"}}) == "opd"
 
 
 def test_what_helped_names_the_controller_where_it_acted(runs: list[RunRecord]) -> None:

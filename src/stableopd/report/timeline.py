@@ -31,12 +31,14 @@ MAX_BARS = 150
 MAX_LANES = 10
 """Rules with a lane of their own; further ones share the last."""
 MAX_LABELLED = 8
-"""A run with up to so many actions has their names beside them; more are told by hovering."""
+"""Up to so many actions, of a few runs, have their names beside them; more are told by hovering."""
+ROOMY, MOST = 4, 20
+"""Runs whose bars a lane holds easily; a lane grows with each further one, up to the second figure."""
 LINE_CHARS = 52
 """Width of a message at the pointer: narrow enough for a telephone."""
 
-LANE_HEIGHT, ROW_HEIGHT, TITLE_HEIGHT, EDGES = 38, 96, 25, 48
-"""Pixels: of a rule's lane, of a row of curves, of the words above each, of the margins."""
+LANE_HEIGHT, RUN_HEIGHT, ROW_HEIGHT, TITLE_HEIGHT, EDGES = 38, 6, 96, 25, 48
+"""Pixels: of a rule's lane, of each run in it beyond the first few, of a row of curves, of its title, of the margins."""
 
 # Height of the bar in its lane, and its opacity.
 WEIGHT = {"info": (0.3, 0.4), "warning": (0.6, 0.55), "critical": (1.0, 0.95)}
@@ -73,13 +75,14 @@ def timeline_chart(runs: Sequence[RunRecord]) -> Chart | None:
     if not any(stretches) and all(row.title.startswith("Accuracy") for row in rows):
         return None
     lanes = _lanes(stretches)
-    height = len(lanes) * LANE_HEIGHT + len(rows) * (ROW_HEIGHT + TITLE_HEIGHT) + EDGES
+    lane_height = LANE_HEIGHT + RUN_HEIGHT * max(0, min(len(runs), MOST) - ROOMY)
+    height = len(lanes) * lane_height + len(rows) * (ROW_HEIGHT + TITLE_HEIGHT) + EDGES
     layout: dict[str, Any] = {"xaxis": step_axis(runs), "annotations": []}
     traces: list[dict[str, Any]] = []
     inner = height - EDGES
     top = 1.0
     if lanes:
-        bottom = top - len(lanes) * LANE_HEIGHT / inner
+        bottom = top - len(lanes) * lane_height / inner
         layout["yaxis"] = _lanes_axis(len(lanes), bottom, top)
         layout["annotations"] += [_words(in_words(lane), -place - 0.02, "y") for place, lane in enumerate(lanes)]
         traces += _bars(runs, stretches, lanes)
@@ -172,6 +175,8 @@ def _bars(
 ) -> list[dict[str, Any]]:
     traces = []
     places = {lane: place for place, lane in enumerate(lanes)}
+    num_actions = sum(episode.is_action for found in stretches for episode in found)
+    named = num_actions <= MAX_LABELLED and len(runs) <= ROOMY
     for number, found in enumerate(stretches):
         bars = [
             Bar(run=number, lane=places.get(episode.alert.rule, len(lanes) - 1), episode=episode)
@@ -182,7 +187,7 @@ def _bars(
             if chosen := [bar for bar in bars if bar.episode.alert.severity == severity]:
                 traces.append(_bar_trace(chosen, severity, runs))
         if actions := [episode for episode in found if episode.is_action]:
-            traces.append(_action_trace(actions, number, runs))
+            traces.append(_action_trace(actions, number, runs, named=named))
     return traces
 
 
@@ -219,8 +224,7 @@ def _offset(run: int, num_runs: int) -> float:
     return 0.42 + 0.5 * (run + 0.5) / num_runs
 
 
-def _action_trace(actions: Sequence[Episode], run: int, runs: Sequence[RunRecord]) -> dict[str, Any]:
-    named = len(actions) <= MAX_LABELLED
+def _action_trace(actions: Sequence[Episode], run: int, runs: Sequence[RunRecord], *, named: bool) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "markers+text" if named else "markers",
