@@ -38,7 +38,7 @@ LINE_CHARS = 52
 """Width of a message at the pointer: narrow enough for a telephone."""
 
 LANE_HEIGHT, RUN_HEIGHT, ROW_HEIGHT, TITLE_HEIGHT, EDGES = 38, 6, 96, 25, 48
-"""Pixels: of a rule's lane, of each run in it beyond the first few, of a row of curves, of its title, of the margins."""
+"""Pixels: of a rule's lane, of each run in it beyond the first few, of a row of curves, of its title, of margins."""
 
 # Height of the bar in its lane, and its opacity.
 WEIGHT = {"info": (0.3, 0.4), "warning": (0.6, 0.55), "critical": (1.0, 0.95)}
