@@ -129,6 +129,27 @@ def read_runs(paths: Sequence[str | Path]) -> list[RunRecord]:
     return [replace(run, name=name) for run, name in zip(runs, _distinct_names(runs), strict=True)]
 
 
+def rollout_steps(run: RunRecord, limit: int) -> list[int]:
+    """Up to `limit` steps whose rollouts were saved, spread over the run, the one that had gone furthest among them."""
+    steps = sorted(_rollout_files(run.path / "rollouts"))
+    if len(steps) <= limit:
+        return steps
+    chosen = {steps[round(place * (len(steps) - 1) / max(1, limit - 1))] for place in range(limit)}
+    damage = {row["step"]: _damage(row) for row in run.metrics}
+    worst = max(steps, key=lambda step: damage.get(step, 0.0))
+    if worst not in chosen and limit > 2:
+        chosen.remove(min(sorted(chosen)[1:-1], key=lambda step: abs(step - worst)))
+        chosen.add(worst)
+    return sorted(chosen)
+
+
+def read_rollouts(run: RunRecord, step: int) -> list[Rollout]:
+    """The first rollouts that were saved of a step. Raises: RunFolderError as `read_run`."""
+    path = _rollout_files(run.path / "rollouts").get(step)
+    lines = _iter_lines(path, required=("completion",)) if path else iter(())
+    return [_rollout(record) for record in islice(lines, ROLLOUTS_SCANNED)]
+
+
 def _require_run_folder(folder: Path) -> None:
     if not folder.exists():
         raise RunFolderError(f"{folder} does not exist. Give the path of a run folder. {CONTENTS}")
@@ -235,11 +256,15 @@ def _number(value: Any, default: float) -> float:
 
 
 def _sample_rollouts(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> Iterator[RolloutSample]:
-    files = {step: path for path in folder.glob("step-*.jsonl") if (step := _step_of(path)) is not None}
+    files = _rollout_files(folder)
     for step, label in _chosen_steps(sorted(files), metrics):
         rollouts = _choose_rollouts(files[step], failing=label == "worst")
         if rollouts:
             yield RolloutSample(step=step, label=label, rollouts=rollouts)
+
+
+def _rollout_files(folder: Path) -> dict[int, Path]:
+    return {step: path for path in folder.glob("step-*.jsonl") if (step := _step_of(path)) is not None}
 
 
 def _step_of(path: Path) -> int | None:

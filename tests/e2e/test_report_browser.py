@@ -18,7 +18,7 @@ import pytest
 from stableopd.report import write_report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from fake_runs import write_collapsing_run, write_healthy_run
+from fake_runs import write_collapsing_run, write_healthy_run, write_steered_run
 
 WINDOW = (1280, 900)
 FLAGS = (
@@ -43,11 +43,21 @@ const count = () => document.querySelectorAll("#first-0 .scatterlayer .trace").l
 const found = {
   width: document.documentElement.scrollWidth,
   bottoms: [...document.querySelectorAll("h1, .card, .first-screen .plot")].map((node) => box(node).bottom),
-  traces: [...document.querySelectorAll(".plot")].map((plot) => [plot.id, plot.querySelectorAll(".js-line").length]),
+  traces: [...document.querySelectorAll(".plot")].map((plot) => [
+    plot.id, plot.querySelectorAll(".js-line, .bars .point, .heatmaplayer image").length,
+  ]),
+  maps: document.querySelectorAll("#positions-0 .heatmaplayer image").length,
+  bars: document.querySelectorAll("#timeline .bars .point").length,
+  diamonds: document.querySelectorAll("#timeline .scatterlayer .textpoint").length,
   all: count(),
 };
+const plot = document.getElementById("timeline");
+const bar = plot.data.findIndex((trace) => trace.type === "bar");
+Plotly.Fx.hover(plot, [{ curveNumber: bar, pointNumber: 0 }], ["xy"]);
+found.said = [...plot.querySelectorAll(".hoverlayer text")].map((node) => node.textContent).join(" ");
 toggle.click();
 found.hidden = count();
+found.hiddenMaps = document.querySelector("[data-of-run='0']").getBoundingClientRect().height;
 toggle.click();
 found.again = count();
 document.body.dataset.found = JSON.stringify(found);
@@ -73,6 +83,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(runs, folder / "report.html")
 
 
+@pytest.fixture(scope="module")
+def steered(browser: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[str]]:
+    """What the probe found on the page of a run that a controller brought back."""
+    folder = tmp_path_factory.mktemp("steered")
+    return probe(browser, write_report([write_steered_run(folder / "run")], folder / "report.html"), folder)
+
+
 def visit(browser: str, page: Path, profile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [browser, *FLAGS, f"--user-data-dir={profile}", *flags, page.resolve().as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120, check=False)
@@ -88,7 +105,10 @@ def console(done: subprocess.CompletedProcess[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def probed(browser: str, report: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[str]]:
     """What the probe found, and what the console said meanwhile."""
-    folder = tmp_path_factory.mktemp("probe")
+    return probe(browser, report, tmp_path_factory.mktemp("probe"))
+
+
+def probe(browser: str, report: Path, folder: Path) -> tuple[dict[str, Any], list[str]]:
     page = folder / "probed.html"
     page.write_text(report.read_text(encoding="utf-8").replace("</body>", PROBE + "</body>"), encoding="utf-8")
     done = visit(browser, page, folder / "profile", "--dump-dom")
@@ -116,6 +136,24 @@ def test_the_first_screen_holds_headline_cards_and_curves(probed: tuple[dict[str
 def test_a_run_can_be_hidden_and_shown_again(probed: tuple[dict[str, Any], list[str]]) -> None:
     found, _ = probed
     assert (found["all"], found["hidden"], found["again"]) == (4, 2, 4)
+
+
+def test_alerts_actions_and_maps_are_drawn(steered: tuple[dict[str, Any], list[str]]) -> None:
+    found, said = steered
+    assert said == []
+    assert (found["bars"], found["diamonds"], found["maps"]) == (1, 1, 3)
+
+
+def test_the_pointer_says_the_message_of_an_alert(steered: tuple[dict[str, Any], list[str]]) -> None:
+    found, _ = steered
+    assert "warning, step 42" in found["said"]
+    assert "length inflation; the student falls into repetition" in found["said"]
+
+
+def test_what_is_about_one_run_is_hidden_with_it(probed: tuple[dict[str, Any], list[str]]) -> None:
+    found, _ = probed
+    assert found["maps"] == 3
+    assert found["hiddenMaps"] == 0
 
 
 @pytest.mark.parametrize(

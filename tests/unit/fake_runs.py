@@ -11,6 +11,12 @@ from typing import Any
 
 import yaml
 
+LOOPS_SEEN = (
+    "21.0% of all tokens lie in exact loops (mean of the last 5 steps; 0.3% in the first 5 steps): above the warning "
+    "level of 0.05 since step {since}. Likely cause: length inflation; the student falls into repetition. "
+    "What to do: turn on StableOPD."
+)
+BOUNDS = (0, 16, 32, 64)
 LOOP = "so 3 + 4 = 7. Wait, let me check that again: "
 
 
@@ -28,6 +34,35 @@ def write_collapsing_run(folder: Path, *, steps: int = 100, seed: int = 0) -> Pa
 def write_healthy_run(folder: Path, *, steps: int = 100, seed: int = 0) -> Path:
     """StableOPD: rises and stays."""
     return _write_run(folder, method="stableopd", steps=steps, seed=seed, onset=math.inf)
+
+
+def write_steered_run(folder: Path, *, steps: int = 100, seed: int = 0) -> Path:
+    """Plain OPD that begins to loop, until the controller raises its coefficients for a while."""
+    write_healthy_run(folder, steps=steps, seed=seed)
+    (folder / "config.yaml").write_text(yaml.safe_dump(_config("opd", steps, seed), sort_keys=False))
+    begun, acted = int(0.4 * steps), int(0.4 * steps) + 4
+    rows = []
+    for step in range(steps + 1):
+        trouble = 0.6 * math.exp(-(((step - begun - 3) / 4) ** 2))
+        raised = step >= acted
+        held = {
+            "gold_coef": 0.5 * raised * 0.98 ** (step - acted),
+            "reference_coef": 0.05 * raised,
+            "level": int(raised),
+        }
+        controller = {f"controller/{name}": value for name, value in held.items()} if step else {}
+        rows.append(_row(step, "opd", trouble, steps) | controller)
+    write_lines(folder / "metrics.jsonl", rows)
+    action = "Gold 0 to 0.5 and reference 0 to 0.05, because of the alert 'loops'; both decay by 2% a step."
+    write_lines(
+        folder / "alerts.jsonl",
+        [
+            _alert(begun + 2, "warning", "health/loop_token_fraction", 0.21, 0.05, LOOPS_SEEN.format(since=begun)),
+            {"rule": "controller", "severity": "warning", "signal": "health/loop_token_fraction", "value": 0.21}
+            | {"threshold": 0.05, "step": acted, "since": acted, "message": action, "action": "raise"},
+        ],
+    )
+    return folder
 
 
 def _write_run(folder: Path, *, method: str, steps: int, seed: int, onset: float) -> Path:
@@ -95,6 +130,8 @@ def _training(method: str, collapse: float, learned: float) -> dict[str, float]:
         "health/advantage_fresh": -0.52 + 0.2 * learned - _noisy(0.05, 0.4),
         "health/loop_update_share": _noisy(0.002 + 0.2 * collapse, 0.1),
         "health/repeated_update_share": _noisy(0.006 + 0.24 * collapse, 0.1),
+        "health/near_loop_token_fraction": 0.01 + 0.08 * collapse,
+        **_by_position(collapse, learned),
         "teacher/reverse_kl": _noisy(0.5 - 0.3 * learned - 0.15 * collapse),
         "reference/kl": _noisy(0.02 + 0.1 * learned + (0 if stable else 0.4) * learned),
         "entropy": _noisy(0.6 - 0.2 * learned - 0.2 * collapse),
@@ -107,14 +144,28 @@ def _training(method: str, collapse: float, learned: float) -> dict[str, float]:
     }
 
 
-def _alerts(onset: int) -> list[dict[str, Any]]:
-    def alert(step: int, severity: str, signal: str, value: float, threshold: float, message: str) -> dict[str, Any]:
-        name = signal.split("/")[-1]
-        record = {"rule": name, "severity": severity, "signal": signal, "value": value, "threshold": threshold}
-        return record | {"step": step, "since": step - 3, "message": message, "action": "none"}
+def _by_position(collapse: float, learned: float) -> dict[str, float]:
+    """Of a collapse the late positions know first; where no rollout gets, nothing is logged."""
+    shares = [1.0, 0.4, 0.02 + 0.7 * collapse, 0.9 * collapse]
+    figures = {}
+    for bound, share in zip(BOUNDS, shares, strict=True):
+        if share > 0.01:
+            late = collapse * (bound >= 32)
+            figures[f"health/token_fraction_from_{bound}"] = share / sum(shares)
+            figures[f"health/advantage_from_{bound}"] = (-0.6 + 0.2 * learned) * (1 - 0.9 * late)
+            figures[f"health/update_share_from_{bound}"] = share / sum(shares)
+    return figures
 
+
+def _alert(step: int, severity: str, signal: str, value: float, threshold: float, message: str) -> dict[str, Any]:
+    name = signal.split("/")[-1]
+    record = {"rule": name, "severity": severity, "signal": signal, "value": value, "threshold": threshold}
+    return record | {"step": step, "since": step - 3, "message": message, "action": "none"}
+
+
+def _alerts(onset: int) -> list[dict[str, Any]]:
     return [
-        alert(
+        _alert(
             onset - 8,
             "warning",
             "completions/length_p90",
@@ -123,7 +174,7 @@ def _alerts(onset: int) -> list[dict[str, Any]]:
             "90% length quantile 31 is 1.6 times its start. Lengths grow before answers are cut off. "
             "Add the gold and reference terms or lower the learning rate.",
         ),
-        alert(
+        _alert(
             onset + 2,
             "critical",
             "completions/clipped_ratio",

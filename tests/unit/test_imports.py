@@ -46,7 +46,8 @@ LAYERS = (
     {"rows", "probe"},
     {"terms"},
     {"metrics", "recorder", "checkpoint", "step", "evaluate", "preparation", "console", "rewards", "observation"}
-    | {"plots", "report", "report.charts", "report.samples", "report.settings", "report.text"},
+    | {"plots", "report", "report.alerts", "report.charts", "report.loops", "report.positions", "report.samples"}
+    | {"report.settings", "report.text", "report.timeline"},
     {"assembly"},
     {"trainer"},
     {"toy", "toy.task", "toy.tokenizer", "toy.models", "toy.build", "toy.demo"},
@@ -62,6 +63,9 @@ WITHOUT_TORCH = (
     "health.controller",
     "health.verdict",
     "report",
+    "report.loops",
+    "report.positions",
+    "report.timeline",
     "runfolder",
     "plots",
 )

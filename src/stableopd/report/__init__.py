@@ -15,15 +15,15 @@ from plotly.offline import get_plotlyjs
 import stableopd
 from stableopd.errors import RunFolderError
 from stableopd.recorder import write_atomically
-from stableopd.report.charts import Chart, Section, colours, first_screen, sections
+from stableopd.report.alerts import AlertRow, alert_rows
+from stableopd.report.charts import Chart, colours, first_screen, mechanism_charts, sections
+from stableopd.report.loops import RunLoops, run_loops
+from stableopd.report.positions import MAX_RUNS, position_charts
 from stableopd.report.samples import ShownSample, printable, shown_samples
 from stableopd.report.settings import differences, flatten, show
 from stableopd.report.text import answers, cards, headline
+from stableopd.report.timeline import timeline_chart
 from stableopd.runfolder import RunRecord, read_runs
-from stableopd.types import Alert
-
-MAX_ALERTS = 100
-"""Alerts listed per run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,11 +33,27 @@ class RunDetails:
     number: int
     name: str
     path: str
-    alerts: tuple[Alert, ...]
+    alerts: list[AlertRow]
     num_alerts: int
     samples: list[ShownSample]
     config_yaml: str
     environment: list[tuple[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Health:
+    """The page's part about the collapse itself; what no run has figures for is None or empty."""
+
+    timeline: Chart | None
+    mechanism: list[Chart]
+    positions: list[Chart]
+    loops: list[RunLoops]
+    num_left_out: int
+    """Runs beyond those that have a heat map."""
+
+    @property
+    def charts(self) -> list[Chart]:
+        return [*([self.timeline] if self.timeline else []), *self.mechanism, *self.positions]
 
 
 def write_report(run_paths: Sequence[str | Path], output: str | Path) -> Path:
@@ -59,18 +75,19 @@ def write_report(run_paths: Sequence[str | Path], output: str | Path) -> Path:
 
 def render_report(runs: Sequence[RunRecord]) -> str:
     """The HTML of the report."""
-    top, below = first_screen(runs), sections(runs)
+    top, below, health = first_screen(runs), sections(runs), _health(runs)
     page = _environment().get_template("report.html.j2")
     return page.render(
         headline=headline(runs),
         answers=answers(runs),
         cards=cards(runs),
         first_screen=top,
+        health=health,
         sections=below,
         differences=differences(runs),
         runs=[_details(number, run) for number, run in enumerate(runs)],
         colours=colours(runs),
-        charts=_figures(top, below),
+        charts=_figures([*top, *health.charts, *(chart for section in below for chart in section.charts)]),
         plotly=Markup(get_plotlyjs()),
         version=stableopd.__version__,
     )
@@ -93,9 +110,18 @@ def _printable_text(value: Any) -> Any:
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _figures(top: Sequence[Chart], below: Sequence[Section]) -> dict[str, Any]:
-    charts = [*top, *(chart for section in below for chart in section.charts)]
+def _figures(charts: Sequence[Chart]) -> dict[str, Any]:
     return {chart.id: chart.figure for chart in charts}
+
+
+def _health(runs: Sequence[RunRecord]) -> Health:
+    return Health(
+        timeline=timeline_chart(runs),
+        mechanism=mechanism_charts(runs),
+        positions=position_charts(runs),
+        loops=[found for number, run in enumerate(runs) if (found := run_loops(number, run))],
+        num_left_out=max(0, len(runs) - MAX_RUNS),
+    )
 
 
 def _details(number: int, run: RunRecord) -> RunDetails:
@@ -103,7 +129,7 @@ def _details(number: int, run: RunRecord) -> RunDetails:
         number=number,
         name=run.name,
         path=str(run.path),
-        alerts=run.alerts[:MAX_ALERTS],
+        alerts=alert_rows(run),
         num_alerts=len(run.alerts),
         samples=shown_samples(run),
         config_yaml=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",

@@ -46,6 +46,8 @@ class Curve:
     key: str
     label: str
     dash: str = "solid"
+    shape: str = "linear"
+    """How points are joined; "hv" for what stays as it is until it is changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,10 @@ class Chart:
     curves: tuple[Curve, ...]
     """Those that hold data in at least one run."""
     figure: dict[str, Any]
+    height: int | None = None
+    """Pixels; None for the usual height."""
+    run: int | None = None
+    """The run that it is about where it is about one; hidden together with it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,8 +143,7 @@ def sections(runs: Sequence[RunRecord]) -> list[Section]:
     names = list(dict.fromkeys(name for run in runs for name in run.evaluations))
     main = main_evaluation(runs)
     layout = {
-        "Lengths and truncation": [LENGTH, _truncation(main)],
-        "Repetition": [REPETITION, UPDATE_SHARE, REPEATED_ADVANTAGE, LOOP_ADVANTAGE],
+        "Lengths, truncation and repetition": [LENGTH, _truncation(main), REPETITION],
         "Held-out evaluation": [panel for name in names for panel in (_accuracy(runs, name), _held_out_length(name))],
         "Loss terms": LOSSES,
         "Divergence and optimisation": OPTIMISATION,
@@ -152,6 +157,12 @@ def sections(runs: Sequence[RunRecord]) -> list[Section]:
     return found
 
 
+def mechanism_charts(runs: Sequence[RunRecord]) -> list[Chart]:
+    """What repetition weighs in the update, and why it pays: the second term of the paper's decomposition."""
+    charts = [_chart(f"mechanism-{i}", panel, runs) for i, panel in enumerate(MECHANISM)]
+    return [chart for chart in charts if chart]
+
+
 def _chart(chart_id: str, panel: Panel, runs: Sequence[RunRecord]) -> Chart | None:
     data = [(curve, number, run.series(curve.key)) for curve in panel.curves for number, run in enumerate(runs)]
     data = [(curve, number, points) for curve, number, points in data if any(isfinite(y) for _, y in points)]
@@ -159,7 +170,7 @@ def _chart(chart_id: str, panel: Panel, runs: Sequence[RunRecord]) -> Chart | No
         return None
     used = tuple(dict.fromkeys(curve for curve, _, _ in data))
     traces = [_trace(curve, number, runs[number].name, points, panel.unit) for curve, number, points in data]
-    figure = {"data": traces, "layout": _layout(panel, runs), "marks": _marks(runs)}
+    figure = {"data": traces, "layout": _layout(panel, runs), "marks": trouble_marks(runs)}
     return Chart(id=chart_id, title=panel.title, caption=panel.caption, curves=used, figure=figure)
 
 
@@ -172,23 +183,25 @@ def _trace(curve: Curve, number: int, run: str, points: list[tuple[int, float]],
         "x": [step for step, _ in points],
         "y": [y if isfinite(y) else None for _, y in points],
         "name": escape(f"{run} · {curve.label}"),
-        "line": {"dash": curve.dash},
+        "line": {"dash": curve.dash, "shape": curve.shape},
         "meta": number,
         "hovertemplate": value,
     }
 
 
 def _layout(panel: Panel, runs: Sequence[RunRecord]) -> dict[str, Any]:
+    share = {"tickformat": ".0%", "range": [-0.02, 1.04]} if panel.unit == "share" else {}
+    return {"xaxis": step_axis(runs), "yaxis": {"title": {"text": "" if share else panel.unit}, **share}}
+
+
+def step_axis(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """The axis of steps, the same in every chart."""
     last = max((run.last_step or 0 for run in runs), default=0)
     whole_steps = {"dtick": 1} if last <= 5 else {}
-    share = {"tickformat": ".0%", "range": [-0.02, 1.04]} if panel.unit == "share" else {}
-    return {
-        "xaxis": {"title": {"text": "step"}, "range": [-0.01 * last, max(1, 1.01 * last)], **whole_steps},
-        "yaxis": {"title": {"text": "" if share else panel.unit}, **share},
-    }
+    return {"title": {"text": "step"}, "range": [-0.01 * last, max(1, 1.01 * last)], **whole_steps}
 
 
-def _marks(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+def trouble_marks(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """A vertical line where a run's trouble began."""
     return [
         {"run": number, "step": run.verdict.step, "text": f"{run.verdict.status}, step {run.verdict.step}"}
@@ -286,15 +299,35 @@ LOOP_ADVANTAGE = Panel(
     ),
     "nats per token",
 )
-UPDATE_SHARE = Panel(
-    "Share of the update that comes from repetition",
-    "Healthy: low and level. As it grows, each update makes repetition likelier, which makes it grow further.",
+LOOP_WEIGHT = Panel(
+    "Weight of loops in the update",
+    "An update is a sum over the states in loops and over all others. Healthy: both curves near 0%. As the solid one "
+    "grows, each update makes loops likelier, which makes it grow further. It may stay below the dashed one: a token "
+    "in a loop is hardly faulted, so it weighs less.",
     (
-        Curve("health/loop_update_share", "tokens in loops"),
-        Curve("health/repeated_update_share", "repeated tokens", "dash"),
+        Curve("health/loop_update_share", "share of the update (of all |advantage|)"),
+        Curve("health/loop_token_fraction", "share of tokens", "dash"),
     ),
     "share",
 )
+REPEATED_WEIGHT = Panel(
+    "Weight of repeated tokens in the update",
+    "The same for tokens that end a phrase seen before in the same rollout. Healthy: low and level. "
+    "It grows earlier than the weight of loops, but honest quotation counts too.",
+    (
+        Curve("health/repeated_update_share", "share of the update (of all |advantage|)"),
+        Curve("health/repeated_token_fraction", "share of tokens", "dash"),
+    ),
+    "share",
+)
+STOP_PROBE = Panel(
+    "Stop probe",
+    "How surely the student ends a finished golden solution. Healthy: high and level. "
+    "A fall often comes before lengths grow.",
+    (Curve("health/stop_probe", "probability of ending"),),
+    "share",
+)
+MECHANISM = [LOOP_WEIGHT, LOOP_ADVANTAGE, REPEATED_WEIGHT, REPEATED_ADVANTAGE, STOP_PROBE]
 LOSSES = [
     Panel(
         "Total loss", "Healthy: falls or stays level; it can look fine in a collapse.", (Curve("loss", "all terms"),)

@@ -92,8 +92,18 @@ def _abridged(text: str, spans: list[tuple[int, int]]) -> Markup:
     if len(text) <= MAX_CHARS:
         return _marked(text, 0, len(text), spans)
     half = MAX_CHARS // 2
-    gap = Markup('<span class="gap">… {:,} characters left out …</span>').format(len(text) - 2 * half)
-    return _marked(text, 0, half, spans) + gap + _marked(text, len(text) - half, len(text), spans)
+    return excerpt(text, spans, [(0, half), (len(text) - half, len(text))])
+
+
+def excerpt(text: str, spans: list[tuple[int, int]], parts: list[tuple[int, int]]) -> Markup:
+    """The parts of the text as HTML, the spans in <mark>; what lies before, between and after them is counted."""
+    pieces, at = [], 0
+    for start, end in [*parts, (len(text), len(text))]:
+        if start > at:
+            pieces.append(Markup('<span class="gap">… {:,} characters left out …</span>').format(start - at))
+        pieces.append(_marked(text, start, end, spans))
+        at = end
+    return Markup("").join(pieces)
 
 
 def _marked(text: str, start: int, end: int, spans: list[tuple[int, int]]) -> Markup:

@@ -11,12 +11,17 @@ from stableopd.runfolder import RunRecord
 ALIASES = {"objective.gold.coef": "lambda_gold", "objective.reference.coef": "beta_kl"}
 _PLAIN = "sampled_reverse_kl"
 """The divergence of plain OPD, which goes without saying."""
+STEERING = ("stabilise", "rollback", "stop")
+"""What `health.actions` says where a controller may change the run."""
 NOT_COMPARED = ("output_dir", "logging", "run_name")
 """Settings that differ between any two runs and change nothing in them."""
 
 
 def method(config: Mapping[str, Any]) -> str:
-    """Method and coefficients: `stableopd · distill 1 (reverse_kl) · gold 1 · reference 0.1`."""
+    """Method and coefficients: `stableopd · distill 1 (reverse_kl) · gold 1 · reference 0.1`.
+
+    A controller that may change the run is named too: what it does is as good as a setting.
+    """
     flat = flatten(config)
     terms = [str(flat.get("method", "method unknown"))]
     for term in ("distill", "gold", "reference", "reward"):
@@ -25,6 +30,8 @@ def method(config: Mapping[str, Any]) -> str:
         divergence = flat.get(f"objective.{term}.divergence", _PLAIN)
         if coef is not None:
             terms.append(f"{term} {show(coef)}" + ("" if divergence == _PLAIN else f" ({divergence})"))
+    if (actions := flat.get("health.actions")) in STEERING:
+        terms.append(f"actions {actions}")
     return " · ".join(terms)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from stableopd.report.alerts import QUIET
 from stableopd.report.charts import accuracy_key, main_evaluation
 from stableopd.report.settings import differences, method
 from stableopd.runfolder import RunRecord
@@ -185,7 +186,15 @@ def remedy(runs: Sequence[RunRecord]) -> str:
     changed = [f"{row.key} {row.values[0]} → {row.values[1]}" for row in differences((bad, good))]
     settings = ", ".join(changed[:MAX_SETTINGS]) or "nothing but chance"
     more = f" and {len(changed) - MAX_SETTINGS} more" if len(changed) > MAX_SETTINGS else ""
-    return f"{good.name} stayed healthy. Against {bad.name} it changes: {settings}{more}."
+    acted = [alert for alert in good.alerts if alert.action not in QUIET]
+    if not acted:
+        return f"{good.name} stayed healthy. Against {bad.name} it changes: {settings}{more}."
+    changes = f" Against {bad.name} it changes: {settings}{more}." if changed else ""
+    times = "once" if len(acted) == 1 else f"{len(acted)} times"
+    return (
+        f"{good.name} stayed healthy: its controller acted {times}, first at step {acted[0].step} "
+        f"({acted[0].action[:40]}).{changes}"
+    )
 
 
 def _without_collapse(runs: Sequence[RunRecord]) -> str:
