@@ -13,7 +13,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "stableopd"
 
 LAYERS = (
     {"errors", "types"},
-    {"tokens", "reading", "vocabulary", "health.loops", "health.signals", "objective", "distributed"}
+    {"tokens", "reading", "vocabulary", "health.loops", "health.signals", "objective", "distributed", "lines"}
     | {"losses", "losses._numerics", "losses.divergences", "losses.supports", "losses.policy", "losses.shaping"}
     | {"losses.rewards", "losses.reduction"},
     {"attention"},
@@ -41,6 +41,9 @@ LAYERS = (
     {"assembly"},
     {"trainer"},
     {"toy", "toy.task", "toy.tokenizer", "toy.models", "toy.build", "toy.demo"},
+    {"integrations.journal"},
+    {"integrations.trl", "integrations.slime"},
+    {"integrations"},
     {"cli", "__main__", "__init__"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
@@ -53,6 +56,9 @@ WITHOUT_TORCH = (
     "report",
     "runfolder",
     "plots",
+    "integrations",
+    "integrations.journal",
+    "integrations.slime",
 )
 
 

@@ -169,6 +169,8 @@ class HealthCallback(TrainerCallback):
         self._begun = False
         self._sees_rollouts = False
         self._unlogged: list[Alert] = []
+        self._measured: dict[str, float] = {}
+        """Figures of this step's rollouts, until the step is logged."""
 
     def attach(self, trainer: Any) -> HealthCallback:
         """Add this to a trainer's callbacks, before all others, so that trackers see its figures. Returns itself."""
@@ -181,7 +183,7 @@ class HealthCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **_: Any
     ) -> None:
         self._begun, self._sees_rollouts = True, False
-        self.alerts, self._unlogged = [], []
+        self.alerts, self._unlogged, self._measured = [], [], {}
         self.reward.take_parts()
         if self.reward.end_token_ids is None:
             self.reward.end_token_ids = _end_token_ids(model, processing_class)
@@ -204,10 +206,10 @@ class HealthCallback(TrainerCallback):
         self._sees_rollouts = self._sees_rollouts or bool(parts)
         if not self._sees_rollouts:
             return
-        figures = _combine(_of_all_processes(parts, args.world_size))
-        if figures:  # a generation may serve several steps: the others have no rollouts of their own
-            self._judge(figures, state, control)
-            self._note(state, figures)
+        self._measured = _combine(_of_all_processes(parts, args.world_size))
+        if self._measured:  # a generation may serve several steps: the others have no rollouts of their own
+            self._judge(self._measured, state, control)
+            self._note(state, self._measured)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not (self._begun and logs):
@@ -220,7 +222,9 @@ class HealthCallback(TrainerCallback):
         self._unlogged = []
         logs |= own
         state.log_history[-1] |= own  # the trainer has put a copy of the logs there already
-        self._note(state, {**logs, **figures})
+        # TRL's are means over processes and over the steps since its last line.
+        self._note(state, {**logs, **self._measured, **figures})
+        self._measured = {}
 
     # -------------------------------------------------------------------------------- what they have in common
 
