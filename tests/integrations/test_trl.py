@@ -283,6 +283,10 @@ def test_evaluation_is_held_out_accuracy_and_never_a_step_of_training(grpo, trai
     )
     trainer.train()
     assert judged_steps(health) == 4
+    rows = {row["step"]: row for row in read_run(trainer.args.output_dir).metrics}
+    for row in trainer.state.log_history:
+        if "loss" in row:
+            assert rows[row["step"]]["completions/mean_length"] == pytest.approx(row["completions/mean_length"])
     evaluated = [row for row in trainer.state.log_history if "eval_rewards/right/mean" in row]
     held_out = health.monitor.state_dict()["history"]["evals"]["eval/held_out/accuracy"]
     assert [row["step"] for row in evaluated] == [0, 2, 4]

@@ -10,14 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
-from stableopd.errors import ConfigError
+from stableopd.errors import ConfigError, MissingDependencyError
 from stableopd.health.monitor import SEVERITIES, HealthMonitor, MonitorSettings
 from stableopd.health.rules import is_number
 from stableopd.health.signals import length_stats, measure_rollouts
 from stableopd.integrations.journal import Journal, announce, logger
 from stableopd.types import Alert, FinishReason, Severity
+
+try:
+    from transformers import TrainerCallback
+except ModuleNotFoundError as error:
+    raise MissingDependencyError.of("transformers", "stableopd.integrations.trl", "trl") from error
 
 STATE_KEY = "stableopd_health"
 """Where the monitor's state lies within `stateful_callbacks` of a checkpoint's trainer_state.json."""
