@@ -45,7 +45,7 @@ def demo(
         str, typer.Option(help="t4 (part of the gold is terse) or a (all gold shows its working).")
     ] = "t4",
     teacher: Annotated[
-        str, typer.Option(help="The teacher's re-check habit: standard, moderate or clean.")
+        str, typer.Option(help="The teacher's re-check habit: standard, moderate, clean or restless.")
     ] = "standard",
     terse: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of golden solutions that are answer-only.")

@@ -7,7 +7,6 @@ beyond the checkpoint is cut off again, since those steps are about to be repeat
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import re
@@ -20,6 +19,7 @@ from typing import IO, Any
 import yaml
 
 from stableopd.errors import RunFolderError
+from stableopd.lines import append_line, json_line, keep_until, write_atomically
 
 try:
     import fcntl
@@ -51,21 +51,21 @@ class RunRecorder:
         write_atomically(self.path / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
         last = -1 if after_step is None else after_step
         for name in ("metrics.jsonl", "alerts.jsonl"):
-            _keep_until(self.path / name, last)
+            keep_until(self.path / name, last)
         for file in (self.path / "rollouts").iterdir():
             step = _ROLLOUT_FILE.match(file.name)
             if step and int(step[1]) > last:
                 file.unlink()
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        _append_line(self.path / "metrics.jsonl", {"step": step, **metrics})
+        append_line(self.path / "metrics.jsonl", {"step": step, **metrics})
 
     def alerts(self, alerts: Iterable[Mapping[str, Any]]) -> None:
         for alert in alerts:
-            _append_line(self.path / "alerts.jsonl", alert)
+            append_line(self.path / "alerts.jsonl", alert)
 
     def rollouts(self, step: int, rollouts: Iterable[Mapping[str, Any]]) -> None:
-        text = "".join(_json_line(rollout) for rollout in rollouts)
+        text = "".join(json_line(rollout) for rollout in rollouts)
         write_atomically(self.path / "rollouts" / f"step-{step:06d}.jsonl", text)
 
     def close(self) -> None:
@@ -106,16 +106,6 @@ def check_nothing_lost(path: Path) -> None:
         )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file holds either its old content or all of the new, whatever happens meanwhile."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
 def describe_environment() -> dict[str, Any]:
     """Versions and machine, for whoever reads the run later. No host or user names."""
     import torch
@@ -149,30 +139,3 @@ def _lock_folder(path: Path) -> IO[str]:
         lock.close()
         raise RunFolderError(f"{path} is being written by another process; wait for it or stop it first") from None
     return lock
-
-
-def _json_line(record: Mapping[str, Any]) -> str:
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
-    return json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _append_line(path: Path, record: Mapping[str, Any]) -> None:
-    data = _json_line(record).encode("utf-8", errors="backslashreplace")
-    with path.open("ab", buffering=0) as file:
-        file.write(data)
-
-
-def _keep_until(path: Path, last_step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_bytes().decode("utf-8", errors="replace").split("\n"):
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            continue  # torn by a kill; its step is repeated
-        if step <= last_step:
-            kept.append(line + "\n")
-    write_atomically(path, "".join(kept))

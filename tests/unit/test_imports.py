@@ -13,7 +13,8 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "stableopd"
 
 LAYERS = (
     {"errors", "types"},
-    {"tokens", "reading", "vocabulary", "health.causes", "health.loops", "health.signals", "objective", "distributed"}
+    {"tokens", "reading", "vocabulary", "lines", "objective", "distributed"}
+    | {"health.causes", "health.loops", "health.signals"}
     | {"losses", "losses._numerics", "losses.divergences", "losses.supports", "losses.policy", "losses.shaping"}
     | {"losses.rewards", "losses.reduction"},
     {"attention"},
@@ -51,6 +52,9 @@ LAYERS = (
     {"assembly"},
     {"trainer"},
     {"toy", "toy.task", "toy.tokenizer", "toy.models", "toy.build", "toy.demo"},
+    {"integrations.journal"},
+    {"integrations.trl", "integrations.slime"},
+    {"integrations"},
     {"cli", "__main__", "__init__"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
@@ -68,6 +72,9 @@ WITHOUT_TORCH = (
     "report.timeline",
     "runfolder",
     "plots",
+    "integrations",
+    "integrations.journal",
+    "integrations.slime",
 )
 
 

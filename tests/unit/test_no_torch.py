@@ -43,6 +43,32 @@ def test_health_runs_without_torch_transformers_or_pydantic() -> None:
     assert result.stdout == "done\n"
 
 
+def test_the_hook_for_slime_runs_with_numpy_alone() -> None:
+    code = """
+from types import SimpleNamespace
+from stableopd.integrations import RolloutLog
+sample = SimpleNamespace(tokens=[9, 1, 2], response_length=2, response="ab", status="completed", reward=1.0)
+metrics = {}
+assert RolloutLog().log_rollout_data(0, SimpleNamespace(), [sample], metrics, 1.0) is False
+assert metrics["completions/mean_length"] == 2.0
+print("done")
+"""
+    result = run(BLOCK.replace('"pydantic"', '"pydantic", "yaml", "accelerate", "slime"') + code)
+    assert result.stdout == "done\n", result.stderr
+
+
+def test_the_callback_for_trl_loads_neither_trl_nor_anything_of_our_trainer() -> None:
+    # transformers itself looks for many packages, so they cannot be blocked here.
+    code = """
+import sys
+from stableopd.integrations import HealthCallback
+HealthCallback()
+print({"pydantic", "typer", "plotly", "matplotlib", "trl", "datasets"} & set(sys.modules))
+print(sorted({name.split(".")[1] for name in sys.modules if name.startswith("stableopd.")}))
+"""
+    assert run(code).stdout == "set()\n['errors', 'health', 'integrations', 'lines', 'types']\n"
+
+
 def test_the_block_really_blocks() -> None:
     result = run(BLOCK + "import torch")
     assert "blocked: torch" in result.stderr

@@ -59,6 +59,7 @@ _TEACHERS: Mapping[str, Callable[[World], World]] = {
     "standard": lambda world: world,
     "moderate": World.with_moderate_teacher,
     "clean": World.with_clean_teacher,
+    "restless": World.with_restless_teacher,
 }
 TOKENIZER = build_tokenizer()
 _POLL_S = 0.5

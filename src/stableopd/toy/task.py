@@ -104,6 +104,10 @@ class World:
         """The same world with a teacher whose re-checking lies between the standard and the clean one's."""
         return replace(self, recheck_base=0.15, recheck_span=0.8, recheck_growth=0.7)
 
+    def with_restless_teacher(self) -> World:
+        """The same world with a teacher that re-checks more from the start, and whose urge to do so rises faster."""
+        return replace(self, recheck_base=0.35, recheck_span=0.64, recheck_growth=0.4)
+
     def copy_probability(self, run: int) -> float:
         """p(copy | wrong attempt that is the `run`-th copy in a row)."""
         return self.copy_base + (1 - self.copy_base) * (1 - self.copy_growth**run)
