@@ -138,6 +138,8 @@ class RolloutConfig(Section):
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: NonNegativeInt = 0
+    stop_loops_after: Annotated[int, Field(ge=2)] | None = None
+    """End a rollout that has repeated one stretch of tokens so many times in a row; it counts as truncated."""
     max_batch_size: PositiveInt = 256
     """Most sequences generated at a time in one process."""
 

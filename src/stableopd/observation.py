@@ -59,7 +59,8 @@ class RolloutView:
             "completion": completion.text,
             "finish_reason": completion.finish_reason,
             "num_tokens": completion.num_tokens,
-            "repetitive": is_repetitive(completion.text, health.tail_chars, health.compression_threshold),
+            "repetitive": completion.finish_reason == "loop"
+            or is_repetitive(completion.text, health.tail_chars, health.compression_threshold),
             "answer": completion.example.answer,
             "mean_advantage": None if self.advantages is None else float(self.advantages.mean()),
             "reward": self.reward,

@@ -225,6 +225,7 @@ class StableOPDTrainer:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             num_generations=rollout.num_generations,
+            stop_loops_after=rollout.stop_loops_after,
             seed=_seed(self.config.seed, _TRAIN_STREAM),
         )
 

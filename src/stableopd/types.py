@@ -50,6 +50,8 @@ class Sampling:
     top_k: int = 0
     num_generations: int = 1
     seed: int = 0
+    stop_loops_after: int | None = None
+    """End a completion that has been in an exact loop for so many repeats (finish reason `loop`); None: never."""
 
     @property
     def logprob_temperature(self) -> float:

@@ -40,6 +40,7 @@ LAYERS = (
         "rollout",
         "rollout.cache",
         "rollout.draws",
+        "rollout.loops",
         "rollout.hf",
         "teachers",
         "teachers.local",

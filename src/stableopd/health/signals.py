@@ -237,7 +237,8 @@ def measure_rollouts(
 ) -> dict[str, float]:
     """Every health figure that the given columns allow, by metric key. No rollouts -> {}.
 
-    Always: `completions/*` of `length_stats`. With texts: `health/repetition_rate`. With token ids:
+    Always: `completions/*` of `length_stats`. With texts: `health/repetition_rate` (rollouts cut short in a
+    loop count, however short they are). With token ids:
     `health/loop_token_fraction`, `health/near_loop_token_fraction` (loops with a changing part, no exact ones),
     `health/repeated_token_fraction`. With advantages on top:
     `health/advantage_{loop,other}` and `health/loop_update_share`, split by `loop_mask`, and
@@ -257,7 +258,10 @@ def measure_rollouts(
     if accuracy is not None:
         metrics["completions/accuracy"] = float(accuracy)
     if texts is not None:
-        metrics["health/repetition_rate"] = repetition_rate(texts, tail_chars, compression_threshold)
+        rows = zip(texts, finish_reasons, strict=True)
+        metrics["health/repetition_rate"] = _share(
+            reason == "loop" or is_repetitive(text, tail_chars, compression_threshold) for text, reason in rows
+        )
     if token_ids is not None:
         metrics |= advantage_figures(
             token_ids,

@@ -23,6 +23,7 @@ from stableopd.errors import ModelError
 from stableopd.heads import evaluating
 from stableopd.rollout.cache import growing_cache, select_rows
 from stableopd.rollout.draws import Uniforms, draw_tokens
+from stableopd.rollout.loops import LoopWatch
 from stableopd.scoring import Autocast
 from stableopd.tokens import pad_left, position_ids
 from stableopd.types import Example, FinishReason, RolloutBatch, Sampling
@@ -86,7 +87,8 @@ class HFEngine:
         """`sampling.num_generations` completions for each example, grouped by example, in the order asked for.
 
         Returns: log-probabilities [B, T] in nats under softmax(logits / temperature) over the whole
-            vocabulary, before top-p and top-k; `stop` for rows that drew an end token, else `length`.
+            vocabulary, before top-p and top-k; `stop` for rows that drew an end token, `loop` for those ended
+            in one (`sampling.stop_loops_after`), else `length`.
 
         Raises:
             ValueError: no examples, an empty prompt, or an impossible `sampling`.
@@ -116,6 +118,9 @@ class HFEngine:
             if self.on_tokens:
                 self.on_tokens(num_alive)
             batch.alive &= ~ends[token]
+            if batch.loops:
+                done.looped[batch.slots] |= batch.alive & batch.loops.push(done.ids[:, : column + 1], batch.slots)
+                batch.alive &= ~done.looped[batch.slots]
             num_alive = int(batch.alive.sum())
             if num_alive == 0 or column + 1 == sampling.max_new_tokens:
                 break
@@ -125,6 +130,7 @@ class HFEngine:
                 token = token[kept]
             logits = self._logits(token[:, None], batch.advance(), positions=batch.position, cache=batch.cache)
         done.stopped[batch.slots] = ~batch.alive
+        done.stopped &= ~done.looped
         return done.trimmed()
 
     def _prefill(self, rows: list[_Row], sampling: Sampling) -> tuple[_Batch, Tensor]:
@@ -148,6 +154,7 @@ class HFEngine:
             slots=torch.arange(len(rows), device=device),
             alive=torch.ones(len(rows), dtype=torch.bool, device=device),
             uniforms=Uniforms([row.key for row in rows], device) if sampling.temperature else None,
+            loops=_loop_watch(len(rows), sampling, device),
         )
         return batch, logits[source]
 
@@ -209,6 +216,7 @@ class _Batch:
     alive: Tensor
     """[b] bool: has not drawn an end token."""
     uniforms: Uniforms | None
+    loops: LoopWatch | None
 
     def next_uniforms(self) -> Tensor | None:
         return self.uniforms.next() if self.uniforms else None
@@ -228,6 +236,8 @@ class _Batch:
         self.alive = self.alive[kept]
         if self.uniforms:
             self.uniforms.keep(kept)
+        if self.loops:
+            self.loops.keep(kept)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -242,6 +252,8 @@ class _Completions:
     """[b] int64, the end token included."""
     stopped: Tensor
     """[b] bool: drew an end token."""
+    looped: Tensor
+    """[b] bool: was ended in a loop."""
 
     @classmethod
     def empty(cls, num_rows: int, max_new_tokens: int, device: torch.device) -> _Completions:
@@ -250,6 +262,7 @@ class _Completions:
             logprobs=torch.zeros(num_rows, max_new_tokens, device=device),
             lengths=torch.zeros(num_rows, dtype=torch.int64, device=device),
             stopped=torch.ones(num_rows, dtype=torch.bool, device=device),
+            looped=torch.zeros(num_rows, dtype=torch.bool, device=device),
         )
 
     def record(self, batch: _Batch, column: int, token: Tensor, logprob: Tensor) -> None:
@@ -264,7 +277,13 @@ class _Completions:
             logprobs=self.logprobs[:, :longest],
             lengths=self.lengths,
             stopped=self.stopped,
+            looped=self.looped,
         )
+
+
+def _loop_watch(num_rows: int, sampling: Sampling, device: torch.device) -> LoopWatch | None:
+    repeats = sampling.stop_loops_after
+    return LoopWatch(num_rows, repeats, sampling.max_new_tokens, device) if repeats else None
 
 
 def _assemble(
@@ -277,15 +296,20 @@ def _assemble(
     logprobs = torch.zeros(len(rows), width, device=device)
     lengths = torch.zeros(len(rows), dtype=torch.int64, device=device)
     stopped = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    looped = torch.zeros_like(stopped)
     for chunk, piece in zip(chunks, pieces, strict=True):
         index = torch.tensor(chunk, device=device)
         ids[index, : piece.ids.shape[1]] = piece.ids
         logprobs[index, : piece.ids.shape[1]] = piece.logprobs
         lengths[index] = piece.lengths
         stopped[index] = piece.stopped
+        looped[index] = piece.looped
     prompt_ids, prompt_mask = pad_left([row.prompt_ids for row in rows], pad_id, device)
     mask = torch.arange(width, device=device) < lengths[:, None]
-    finish_reason: list[FinishReason] = ["stop" if stop else "length" for stop in stopped.tolist()]
+    finish_reason: list[FinishReason] = [
+        "stop" if stop else "loop" if loop else "length"
+        for stop, loop in zip(stopped.tolist(), looped.tolist(), strict=True)
+    ]
     return RolloutBatch(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
@@ -317,6 +341,8 @@ def _check_request(examples: Sequence[Example], sampling: Sampling) -> None:
             raise ValueError(f"The prompt of example {example.index} has no tokens. Generation needs at least one.")
     if sampling.max_new_tokens < 1 or sampling.num_generations < 1:
         raise ValueError(f"max_new_tokens and num_generations must be at least 1: {sampling}.")
+    if sampling.stop_loops_after is not None and sampling.stop_loops_after < 2:
+        raise ValueError(f"stop_loops_after counts repeats and must be at least 2, got {sampling.stop_loops_after}.")
     if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
         raise ValueError(f"temperature and top_k must be 0 or more, and top_p in (0, 1]: {sampling}.")
 
