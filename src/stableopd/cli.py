@@ -123,6 +123,54 @@ def report(
     Console().print(f"wrote {escape(str(path))}", highlight=False)
 
 
+@app.command(
+    epilog="Example: [bold]stableopd diagnose runs/first[/], [bold]stableopd diagnose out/completions "
+    "--max-length 4096[/]"
+)
+def diagnose(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH...",
+            help="Rollouts of any trainer: run folders, TRL's completions, verl's and slime's dumps, JSON Lines, text. "
+            "Each folder is one run; all files together are one.",
+        ),
+    ],
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Length budget, in tokens (characters where token counts are unknown): tells what was truncated "
+            "where the files do not say how a completion ended.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    format: Annotated[
+        str | None, typer.Option(help="run, trl, verl, slime, jsonl or text; told from the content without it.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse a broken line instead of skipping it.")] = False,
+    samples: Annotated[int, typer.Option(min=0, help="Worst samples to show.")] = 3,
+) -> None:
+    """Say how healthy rollouts are: table by step, verdict, cause, worst samples.
+
+    Exit status: 0 healthy, 1 not healthy, 2 bad input.
+    """
+    from stableopd.diagnose import diagnose_sources, to_json
+    from stableopd.diagnose_view import exit_code, print_diagnosis, reading_bar
+    from stableopd.rollout_files import checked_format, find_sources
+
+    sources = find_sources(paths, checked_format(format))
+    with reading_bar(sum(file.size for source in sources for file in source.files)) as advance:
+        found = diagnose_sources(sources, max_length=max_length, strict=strict, num_samples=samples, advance=advance)
+    if as_json:
+        typer.echo(to_json(found))
+    else:
+        console = Console()
+        for diagnosis in found:
+            print_diagnosis(console, diagnosis)
+    raise typer.Exit(exit_code(found))
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from stableopd import __version__

@@ -13,14 +13,14 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "stableopd"
 
 LAYERS = (
     {"errors", "types"},
-    {"tokens", "reading", "vocabulary", "health.loops", "health.signals", "objective", "distributed"}
+    {"tokens", "reading", "vocabulary", "health.loops", "health.pieces", "health.signals", "objective", "distributed"}
     | {"losses", "losses._numerics", "losses.divergences", "losses.supports", "losses.policy", "losses.shaping"}
     | {"losses.rewards", "losses.reduction"},
     {"attention"},
     {"heads"},
     {"fused"},
     {"protocols", "health", "health.rules", "health.monitor", "health.verdict", "scoring", "advantages"},
-    {"config", "runfolder"},
+    {"config", "runfolder", "rollout_rows", "rollout_files", "rollout_figures", "diagnose"},
     {
         "config_files",
         "data",
@@ -37,6 +37,7 @@ LAYERS = (
     {"rows"},
     {"terms"},
     {"metrics", "recorder", "checkpoint", "step", "evaluate", "preparation", "console", "rewards", "observation"}
+    | {"diagnose_view"}
     | {"plots", "report", "report.charts", "report.samples", "report.settings", "report.text"},
     {"assembly"},
     {"trainer"},
@@ -46,12 +47,15 @@ LAYERS = (
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 WITHOUT_TORCH = (
     "health.loops",
+    "health.pieces",
     "health.signals",
     "health.rules",
     "health.monitor",
     "health.verdict",
     "report",
     "runfolder",
+    "rollout_files",
+    "diagnose",
     "plots",
 )
 
