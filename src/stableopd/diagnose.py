@@ -27,6 +27,8 @@ from stableopd.types import Alert, Severity
 
 MIN_ROLLOUTS = 32
 """Steps with fewer rollouts are judged together with the next ones: shares of a few rollouts mean little."""
+MIN_POINTS = 12
+"""But not so many of them that fewer points than this are left."""
 MAX_NAMED = 20
 """Broken lines that are named; all are counted."""
 FORMAT_VERSION = 1
@@ -91,7 +93,7 @@ class Diagnosis:
 
     @property
     def healthy(self) -> bool:
-        return self.status in ("healthy", "unknown")
+        return self.status == "healthy"
 
     def rows(self, most: int) -> list[StepRow]:
         """The steps in at most `most` rows, each over as many steps as the others."""
@@ -235,6 +237,8 @@ class _Reading:
         figures, unit = self.figures, self.unit
         points = self._points()
         verdict, alerts, notes = _judge(self._judged(), self.settings, unit)
+        stepless = all(point.step is None for point in points)
+        alerts = tuple(_without_step(alert) for alert in alerts) if stepless else alerts
         alarming = [alert for alert in alerts if _counts(alert, verdict)]
         top = max(alarming, key=lambda alert: (SEVERITIES.index(alert.severity), alert.step), default=None)
         status, severity = _status(verdict, top)
@@ -247,8 +251,8 @@ class _Reading:
             length_unit=unit,
             status=status,
             severity=severity,
-            step=min(alert.since for alert in alarming) if told_by_alert else verdict.step,
-            headline=_alert_headline(alarming) if told_by_alert else _headline(verdict, status),
+            step=None if stepless else min(alert.since for alert in alarming) if told_by_alert else verdict.step,
+            headline=_alert_headline(alarming, stepless) if told_by_alert else _headline(verdict, status),
             reasons=verdict.reasons if verdict.status != "unknown" else (),
             cause=cause,
             advice=advice,
@@ -282,11 +286,12 @@ class _Reading:
         if self.own_rows:
             return [{"step": step, **row} for step, row in self.own_rows.items()]
         rows, gathered, waiting = [], list[Point](), 0
-        points = self._points()
+        points, enough = self._points(), min(MIN_ROLLOUTS, self.figures.num_rollouts // MIN_POINTS)
+        points = [point for point in points if point.step is not None] or points
         for at, point in enumerate(points):
             gathered.append(point)
             waiting += point.figures.num
-            if waiting >= MIN_ROLLOUTS or at == len(points) - 1:
+            if waiting >= enough or at == len(points) - 1:
                 row = _row(gathered, self.unit, self.figures.rewards_are_accuracy)
                 rows.append({**row.metrics, "step": row.step or 0})
                 gathered, waiting = [], 0
@@ -331,9 +336,8 @@ class _Reading:
         tail, notes = self.settings.tail_chars, list[str]()
         if figures := self.figures.num_rollouts - self.figures.with_ids:
             notes.append(
-                f"{figures:,} rollouts have no token ids: their loops are found in pieces of text (words, and single "
-                "digits, marks and characters of scripts without spaces), and their lengths in tokens are only those "
-                "that the file gives"
+                f"{figures:,} rollouts have no token ids: their loops are found in pieces of text (words; single "
+                "digits, marks, and characters of scripts without spaces)"
             )
         if total.texts and total.characters.max <= tail:
             notes.append(
@@ -371,6 +375,11 @@ def _in_unit(alert: Alert, unit: Unit) -> Alert:
     return Alert(**asdict(alert) | {"message": alert.message.replace(" tokens", " characters", 1)})
 
 
+def _without_step(alert: Alert) -> Alert:
+    """Rollouts without steps are judged as step 0, of which the sentence shall not speak."""
+    return Alert(**asdict(alert) | {"message": alert.message.replace(" since step 0", "", 1)})
+
+
 def _counts(alert: Alert, verdict: Verdict) -> bool:
     """Whether an alert makes a run unhealthy; in hindsight a dip of a noisy evaluation does not."""
     passing = alert.severity == "warning" and alert.signal.startswith("eval/") and verdict.healthy
@@ -391,11 +400,12 @@ def _headline(verdict: Verdict, status: Status) -> str:
     return "Healthy: nothing that the monitor looks at is out of bounds." if status == "healthy" else verdict.headline
 
 
-def _alert_headline(alarming: Sequence[Alert]) -> str:
+def _alert_headline(alarming: Sequence[Alert], stepless: bool) -> str:
     """What was seen, of the worst rules; each in the words of its last and worst alert."""
     last = {alert.rule: alert for alert in sorted(alarming, key=lambda alert: SEVERITIES.index(alert.severity))}
     worst = max(last.values(), key=lambda alert: (SEVERITIES.index(alert.severity), -alert.since))
-    return f"{worst.severity.capitalize()} from step {worst.since}: {seen(worst)}"
+    start = "" if stepless else f" from step {worst.since}"
+    return f"{worst.severity.capitalize()}{start}: {seen(worst)}"
 
 
 def seen(alert: Alert) -> str:
@@ -404,7 +414,7 @@ def seen(alert: Alert) -> str:
 
 
 def _cause_and_advice(top: Alert | None, status: Status) -> tuple[str | None, str | None]:
-    if status in ("healthy", "unknown"):
+    if status == "healthy":
         return None, None
     message = top.message if top else f"{INFLATION} {REMEDY}" if status == "collapsed" else REMEDY
     cause = re.search(r"Likely cause: (.*?)(?= What to do:|$)", message)

@@ -62,7 +62,7 @@ def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
     console.print(Text(printable(diagnosis.name), style="bold"), f"({formats}; {diagnosis.num_rollouts:,} rollouts)",
                   highlight=False)  # fmt: skip
     if len(diagnosis.points) > 1:
-        console.print(_curves(diagnosis.rows(MAX_COLUMNS), diagnosis.length_unit))
+        console.print(_curves(diagnosis.rows(max(min(MAX_COLUMNS, console.width - 50), 10)), diagnosis.length_unit))
     console.print(_table(diagnosis))
     _print_verdict(console, diagnosis)
     for number, sample in enumerate(diagnosis.samples, start=1):
@@ -88,6 +88,8 @@ def printable(text: str) -> str:
 def _signals(rows: Sequence[StepRow]) -> list[tuple[str, str, Callable[[float], str], bool]]:
     """Those that some row has; held-out accuracy where the run has measured it."""
     keys = dict.fromkeys(key for row in rows for key in row.metrics)
+    if all(row.metrics.get("reward") == row.metrics.get("completions/accuracy") for row in rows):
+        keys.pop("reward", None)
     held_out = [key for key in keys if re.fullmatch(r"eval/.+/accuracy", key) and not key.endswith("_greedy/accuracy")]
     extra = [("held-out", held_out[0], _SHARE, True)] if held_out else []
     return [signal for signal in (*SIGNALS, *extra) if signal[1] in keys]

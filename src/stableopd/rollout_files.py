@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -111,10 +112,11 @@ def recognise(path: Path) -> Format:
         return "slime"
     if head.startswith(b"\x1f\x8b"):
         raise DataError(f"{path} is compressed with gzip. Unpack it first: gunzip -k {path}")
-    rows = [row for _, line in islice(_lines(path), 50) if line and isinstance(row := _maybe_json(line), dict)]
+    lines = [_maybe_json(line) for _, line in islice(_lines(path), 50) if line and line.strip()]
+    rows = [line for line in lines if isinstance(line, dict)]
+    if path.suffix == ".json" and (not rows or lines[0] is not rows[0]):
+        raise DataError(f"{path} is not JSON Lines. Write one object a line: jq -c '.[]' {path} > rollouts.jsonl")
     if not rows:
-        if path.suffix == ".json":
-            raise DataError(f"{path} is not JSON Lines. Write one object a line: jq -c '.[]' {path} > rollouts.jsonl")
         return "jsonl" if path.suffix in (".jsonl", ".ndjson") else "text"
     first = rows[0]
     if {"input", "output", "score"} <= first.keys():
@@ -339,7 +341,8 @@ def _load_torch(path: Path) -> Any:
         raise MissingDependencyError.of("torch", "Reading slime's rollout dumps") from error
     place = Place(str(path), "sample", 1)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols, which the reader need not know
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f" of {found[1]}" if found else ""

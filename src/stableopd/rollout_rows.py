@@ -114,7 +114,9 @@ def _completion(row: Mapping[str, Any]) -> tuple[str | None, NDArray[np.int64] |
     if value is None and ids is None:
         keys = ", ".join(map(repr, list(row)[:8])) or "no keys"
         raise BadRowError(f"it holds no completion: none of {', '.join(TEXT_KEYS)}, only {keys}")
-    if isinstance(value, list) and value and not any(isinstance(item, Mapping | str) for item in value):
+    if value == []:  # of messages or of tokens: either way it ended at once
+        return "", _ids(value)
+    if isinstance(value, list) and not any(isinstance(item, Mapping | str) for item in value):
         return None, _ids(value)
     return None if value is None else _text_of(value), ids
 
@@ -125,7 +127,10 @@ def _listed(value: Any) -> Any:
 
 
 def _ids(values: Any) -> NDArray[np.int64]:
-    array = np.asarray(values if values != [] else np.empty(0, np.int64))
+    try:
+        array = np.asarray(values if values != [] else np.empty(0, np.int64))
+    except (ValueError, OverflowError):  # lists of different lengths in it
+        array = np.empty((0, 0))
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise BadRowError("its token ids are not a plain list of whole numbers")
     return array.astype(np.int64)
