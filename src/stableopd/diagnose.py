@@ -31,11 +31,12 @@ MIN_POINTS = 12
 """But not so many of them that fewer points than this are left."""
 MAX_NAMED = 20
 """Broken lines that are named; all are counted."""
+MAX_LEFT_OUT = 5
+"""Files without rollouts that are named."""
 FORMAT_VERSION = 1
 
-_KEPT = (*TRACKED, "completions/max_length", "completions/min_length", "completions/length_p50",
-         "completions/length_p90", "completions/length_p99", "completions/mean_terminated_length",
-         "health/near_loop_token_fraction", "health/repeated_token_fraction", "reward")  # fmt: skip
+_NOT_HEALTH = re.compile(r"time/|step_time|.*_from_\d+$")
+"""Metrics of a run folder that no verdict needs."""
 
 
 class Point(NamedTuple):
@@ -227,8 +228,11 @@ class _Reading:
                 self._note_broken(Broken(Place(str(path), "line", number), "it is not a JSON object with a step"))
                 continue
             rows = {step: before for step, before in rows.items() if step <= row["step"]}
-            kept = {key: value for key, value in row.items() if key in _KEPT or key.startswith("eval/")}
-            rows.setdefault(row["step"], {}).update({k: float(v) for k, v in kept.items() if is_number(v)})
+            figures = {
+                key: float(value) for key, value in row.items() if is_number(value) and not _NOT_HEALTH.match(key)
+            }
+            figures.pop("step", None)
+            rows.setdefault(row["step"], {}).update(figures)
         return rows
 
     # -------------------------------------------------------------------------------- judging
@@ -299,7 +303,9 @@ class _Reading:
 
     def _notes(self) -> list[str]:
         figures, total = self.figures, self.figures.total()
-        notes = list(self.source.left_out)
+        notes = list(self.source.left_out[:MAX_LEFT_OUT])
+        if (more := len(self.source.left_out) - MAX_LEFT_OUT) > 0:
+            notes.append(f"{more:,} more files were left out")
         if self.own_rows:
             notes.append(
                 f"figures of {len(self.own_rows)} steps are the run's own, of whole batches (metrics.jsonl); samples "

@@ -345,11 +345,12 @@ def _load_torch(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f" of {found[1]}" if found else ""
+        if not found:
+            return Broken(place, "it is not a torch file that can be read: its content is no data of torch")
         return Broken(
             place,
-            f"reading the file would take the unpickling of objects{what}, which can run code and is not done. Where "
-            "the file comes from a trusted place, load it there and save its samples as JSON Lines",
+            f"reading the file would take the unpickling of objects of {found[1]}, which can run code and is not done. "
+            "Where the file comes from a trusted place, load it there and save its samples as JSON Lines",
         )
     # What a damaged archive makes the reader raise is not documented.
     except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, OSError) as error:

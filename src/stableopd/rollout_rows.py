@@ -67,7 +67,7 @@ def record_of(row: Any, place: Place, step: int | None = None) -> RolloutRecord:
     return RolloutRecord(
         place=place,
         step=step if own is None else _step(own),
-        prompt=None if (prompt := _first(row, PROMPT_KEYS)) is None else _text_of(prompt),
+        prompt=_prompt(_first(row, PROMPT_KEYS)),
         completion=text,
         token_ids=ids,
         finish_reason=_reason(row),
@@ -146,7 +146,15 @@ def _text_of(value: Any) -> str:
     if isinstance(value, list):
         spoken = [item for item in value if isinstance(item, Mapping) and item.get("role") == "assistant"]
         return "\n".join(_text_of(item) for item in spoken or value)
-    raise BadRowError(f"its completion or prompt is {kind_of(value)}, not text, chat messages or token ids")
+    raise BadRowError(f"its completion is {kind_of(value)}, not text, chat messages or token ids")
+
+
+def _prompt(value: Any) -> str | None:
+    """It is only shown, so one that cannot be read is no reason to refuse a rollout."""
+    try:
+        return _text_of(value)
+    except BadRowError:
+        return None
 
 
 def _step(value: Any) -> int:

@@ -171,6 +171,11 @@ def test_a_completion_may_be_chat_messages_or_token_ids():
     assert (both.completion, both.num_tokens) == ("ab", 2)
 
 
+def test_a_prompt_that_cannot_be_shown_is_left_out():
+    assert record(completion="x", prompt=[1, 2]).prompt is None
+    assert record(completion="x", prompt=[{"role": "user", "content": "why"}]).prompt == "why"
+
+
 def test_an_empty_completion_is_one():
     assert record(completion="").completion == ""
     assert record(completion=[]).num_tokens == 0
