@@ -289,8 +289,12 @@ class _Reading:
         """Rows of metrics for the monitor: the run's own of whole batches, or steps until they have enough rollouts."""
         if self.own_rows:
             return [{"step": step, **row} for step, row in self.own_rows.items()]
+        rows = self._judged_rows(min(MIN_ROLLOUTS, self.figures.num_rollouts // MIN_POINTS))
+        return rows if len(rows) > self.settings.baseline_steps else self._judged_rows(MIN_ROLLOUTS)
+
+    def _judged_rows(self, enough: int) -> list[dict[str, Any]]:
         rows, gathered, waiting = [], list[Point](), 0
-        points, enough = self._points(), min(MIN_ROLLOUTS, self.figures.num_rollouts // MIN_POINTS)
+        points = self._points()
         points = [point for point in points if point.step is not None] or points
         for at, point in enumerate(points):
             gathered.append(point)
@@ -365,8 +369,8 @@ def _judge(
             | {"baseline_steps": 0, "patience": 1, "window": 1}
         )
         notes.append(
-            f"{len(measured)} {'step is' if len(measured) == 1 else 'steps are'} too few to compare with a start: "
-            "levels are judged, growth is not"
+            "there are too few steps, or too few rollouts in them, to compare with a start: levels are judged, growth is "
+            "not"
         )
     monitor, alerts = HealthMonitor(settings), list[Alert]()
     for row in rows:
@@ -388,7 +392,7 @@ def _without_step(alert: Alert) -> Alert:
 
 def _counts(alert: Alert, verdict: Verdict) -> bool:
     """Whether an alert makes a run unhealthy; in hindsight a dip of a noisy evaluation does not."""
-    passing = alert.severity == "warning" and alert.signal.startswith("eval/") and verdict.healthy
+    passing = alert.severity == "warning" and re.fullmatch(r"eval/.+/accuracy", alert.signal) and verdict.healthy
     return alert.severity != "info" and not passing
 
 

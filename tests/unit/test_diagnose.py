@@ -99,6 +99,13 @@ def test_steps_of_few_rollouts_are_judged_together(tmp_path):
     assert 190 <= sick.step <= 300
 
 
+def test_a_few_steps_of_a_few_rollouts_are_judged_as_one(tmp_path):
+    rows = [{"step": s, "text": "x", "truncated": s == 1} for s in (1, 2, 3) for _ in range(4)]
+    diagnosis = only(write_json_lines(tmp_path / "a.jsonl", rows))
+    assert diagnosis.healthy  # a third is truncated; of step 1, all
+    assert any("growth is not" in note for note in diagnosis.notes)
+
+
 def test_growth_in_characters_is_not_called_tokens(tmp_path):
     rng = random.Random(0)
     rows = [{"step": s, "text": prose(rng, 20 if s < 10 else 200)} for s in range(20) for _ in range(32)]
@@ -138,6 +145,13 @@ def test_a_dip_of_a_noisy_evaluation_does_not_make_a_healthy_run_sick(tmp_path):
     well = only(write_healthy_run(tmp_path / "stableopd"))
     assert any(alert.rule == "eval_accuracy" for alert in well.alerts)
     assert well.healthy
+
+
+def test_greedy_answers_that_no_longer_end_are_an_alert_where_training_looks_well(tmp_path):
+    rows = [{"step": s, "completions/clipped_ratio": 0.0, "eval/v/accuracy": 0.5, "eval/v/truncation_rate": 0.0,
+             "eval/v_greedy/truncation_rate": s / 20} for s in range(20)]  # fmt: skip
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    assert not only(tmp_path).healthy
 
 
 def test_the_rollouts_of_a_run_folder_can_be_judged_by_themselves(tmp_path):

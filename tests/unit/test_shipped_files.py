@@ -40,7 +40,9 @@ def test_the_table_of_presets_in_the_documents_is_the_one_in_the_code():
         assert f"| `{method}` | {row} |" in text
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", *(f"docs/{n}.md" for n in ("losses", "demo"))])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", *(f"docs/{n}.md" for n in ("losses", "demo", "diagnose"))]
+)
 def test_links_lead_somewhere(document):
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
