@@ -369,8 +369,8 @@ def _judge(
             | {"baseline_steps": 0, "patience": 1, "window": 1}
         )
         notes.append(
-            "there are too few steps, or too few rollouts in them, to compare with a start: levels are judged, growth is "
-            "not"
+            "there are too few steps, or too few rollouts in them, to compare with a start: levels are judged, growth "
+            "is not"
         )
     monitor, alerts = HealthMonitor(settings), list[Alert]()
     for row in rows:
@@ -419,17 +419,24 @@ def _alert_headline(alarming: Sequence[Alert], stepless: bool) -> str:
 
 
 def seen(alert: Alert) -> str:
-    """What an alert saw, without cause and advice."""
-    return re.split(r" (?=Likely cause:|What to do:)", alert.message)[0]
+    """What an alert saw and what it was held against, without cause and advice."""
+    return _parts(alert.message)[0]
+
+
+def _parts(message: str) -> tuple[str, str, str]:
+    """What an alert's message says was seen, the likely cause, what to do; empty where it does not say."""
+    found = re.match(r"(.*? level of \S+?(?: since step -?\d+)?\.)(?: (.*))?$", message, re.DOTALL)
+    what, rest = (found[1], found[2] or "") if found else (message, "")
+    cause, _, advice = rest.partition("What to do: ")
+    return what, cause.strip().removeprefix("Likely cause: "), advice.strip()
 
 
 def _cause_and_advice(top: Alert | None, status: Status) -> tuple[str | None, str | None]:
     if status == "healthy":
         return None, None
-    message = top.message if top else f"{INFLATION} {REMEDY}" if status == "collapsed" else REMEDY
-    cause = re.search(r"Likely cause: (.*?)(?= What to do:|$)", message)
-    advice = re.search(r"What to do: (.*)$", message)
-    return cause[1] if cause else None, advice[1] if advice else None
+    rest = f"{INFLATION} {REMEDY}" if status == "collapsed" else REMEDY
+    _, cause, advice = _parts(top.message if top else f"level of 0. {rest}")
+    return cause or None, advice or None
 
 
 def _row(points: Sequence[Point], unit: Unit, rewards_are_accuracy: bool) -> StepRow:

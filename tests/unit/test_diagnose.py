@@ -208,6 +208,15 @@ def test_unknown_truncation_is_left_out_and_said(tmp_path):
     assert any("64 tokens or more count as truncated" in note for note in told.notes)
 
 
+def test_growth_that_nothing_explains_yet_says_so(tmp_path):
+    rng = random.Random(0)
+    rows = [{"step": s, "text": prose(rng, 20 if s < 10 else 200)} for s in range(20) for _ in range(32)]
+    diagnosis = only(write_json_lines(tmp_path / "a.jsonl", rows))
+    assert diagnosis.cause.startswith("No truncation or repetition was seen")
+    assert diagnosis.advice.startswith("turn on StableOPD")
+    assert "No truncation" not in diagnosis.headline
+
+
 def test_an_impossible_budget_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="max-length"):
         diagnose([write_plain(tmp_path / "a.jsonl", steps=1)], max_length=0)
