@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import signal
@@ -195,6 +196,9 @@ def _stop_as_on_interrupt(number: int, frame: object) -> None:
 
 def main() -> None:
     """Entry point: errors made for users become one message on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode shows question marks, not a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     for name in ("SIGTERM", "SIGHUP"):  # a closed terminal or a scheduler's stop must not leave children behind
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
             signal.signal(getattr(signal, name), _stop_as_on_interrupt)

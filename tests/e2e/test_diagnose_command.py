@@ -101,6 +101,14 @@ def test_an_error_about_a_file_with_terminal_escapes_in_its_name_writes_none(tmp
     assert "[bold].jsonl" in done.stderr
 
 
+def test_a_terminal_without_unicode_gets_question_marks(tmp_path):
+    path = write_plain(tmp_path / "a.jsonl", texts_by_step(steps=2))
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*COMMAND, str(path)], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "mean length (characters)  ??" in done.stdout
+
+
 def test_broken_lines_are_named_and_skipped(tmp_path):
     path = tmp_path / "half.jsonl"
     path.write_bytes(b'{"text": "x"}\n{"text": \n\xff\xfe\n')
