@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import shlex
 import signal
 import sys
@@ -132,6 +134,54 @@ def report(
     Console().print(f"wrote {escape(str(path))}", highlight=False)
 
 
+@app.command(
+    epilog="Example: [bold]stableopd diagnose runs/first[/], [bold]stableopd diagnose out/completions "
+    "--max-length 4096[/]"
+)
+def diagnose(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH...",
+            help="Rollouts of any trainer: run folders, TRL's completions, verl's and slime's dumps, JSON Lines, text. "
+            "Each folder is one run; all files together are one.",
+        ),
+    ],
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Length budget, in tokens (characters where token counts are unknown): tells what was truncated "
+            "where the files do not say how a completion ended.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    format: Annotated[
+        str | None, typer.Option(help="run, trl, verl, slime, jsonl or text; told from the content without it.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse a broken line instead of skipping it.")] = False,
+    samples: Annotated[int, typer.Option(min=0, help="Worst samples to show.")] = 3,
+) -> None:
+    """Say how healthy rollouts are: table by step, verdict, cause, worst samples.
+
+    Exit status: 0 healthy, 1 not healthy, 2 bad input.
+    """
+    from stableopd.diagnose import diagnose_sources, to_json
+    from stableopd.diagnose_view import exit_code, print_diagnosis, reading_bar
+    from stableopd.rollout_files import checked_format, find_sources
+
+    sources = find_sources(paths, checked_format(format))
+    with reading_bar(sum(file.size for source in sources for file in source.files)) as advance:
+        found = diagnose_sources(sources, max_length=max_length, strict=strict, num_samples=samples, advance=advance)
+    if as_json:
+        typer.echo(to_json(found))
+    else:
+        console = Console()
+        for diagnosis in found:
+            print_diagnosis(console, diagnosis)
+    raise typer.Exit(exit_code(found))
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from stableopd import __version__
@@ -155,6 +205,9 @@ def _stop_as_on_interrupt(number: int, frame: object) -> None:
 
 def main() -> None:
     """Entry point: errors made for users become one message on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode shows question marks, not a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     for name in ("SIGTERM", "SIGHUP"):  # a closed terminal or a scheduler's stop must not leave children behind
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
             signal.signal(getattr(signal, name), _stop_as_on_interrupt)
@@ -171,6 +224,7 @@ def main() -> None:
 
 
 def _complain(message: str) -> None:
+    message = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", message)  # names of files may hold terminal escapes
     Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False)
 
 

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "stableopd"
 LAYERS = (
     {"errors", "types"},
     {"tokens", "reading", "vocabulary", "lines", "objective", "distributed"}
-    | {"health.causes", "health.loops", "health.signals"}
+    | {"health.causes", "health.loops", "health.pieces", "health.signals"}
     | {"losses", "losses._numerics", "losses.divergences", "losses.supports", "losses.policy", "losses.shaping"}
     | {"losses.rewards", "losses.reduction"},
     {"attention"},
@@ -30,7 +30,7 @@ LAYERS = (
         "scoring",
         "advantages",
     },
-    {"config", "runfolder"},
+    {"config", "runfolder", "rollout_rows", "rollout_files", "rollout_figures", "diagnose"},
     {
         "config_files",
         "data",
@@ -48,6 +48,7 @@ LAYERS = (
     {"rows", "probe"},
     {"terms"},
     {"metrics", "recorder", "checkpoint", "step", "evaluate", "preparation", "console", "rewards", "observation"}
+    | {"diagnose_view"}
     | {"plots", "report", "report.alerts", "report.charts", "report.loops", "report.positions", "report.samples"}
     | {"report.settings", "report.text", "report.timeline"},
     {"assembly"},
@@ -61,6 +62,7 @@ LAYERS = (
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 WITHOUT_TORCH = (
     "health.loops",
+    "health.pieces",
     "health.signals",
     "health.causes",
     "health.rules",
@@ -72,6 +74,8 @@ WITHOUT_TORCH = (
     "report.positions",
     "report.timeline",
     "runfolder",
+    "rollout_files",
+    "diagnose",
     "plots",
     "integrations",
     "integrations.journal",

@@ -29,6 +29,14 @@ report = HealthMonitor().observe(
 )
 assert report.metrics["health/loop_token_fraction"] == 1.0
 assert judge_run([]).status == "unknown"
+
+import tempfile
+from pathlib import Path
+from stableopd.diagnose import diagnose
+
+with tempfile.TemporaryDirectory() as folder:
+    Path(folder, "a.jsonl").write_text('{"text": "' + "so again " * 40 + '"}')
+    assert not diagnose([folder])[0].healthy
 print("done")
 """
 

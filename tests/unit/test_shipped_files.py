@@ -41,7 +41,8 @@ def test_the_table_of_presets_in_the_documents_is_the_one_in_the_code():
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", *(f"docs/{n}.md" for n in ("losses", "demo", "integrations"))]
+    "document",
+    ["README.md", "CONTRIBUTING.md", *(f"docs/{n}.md" for n in ("losses", "demo", "diagnose", "integrations"))],
 )
 def test_links_lead_somewhere(document):
     path = ROOT / document
