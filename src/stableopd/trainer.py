@@ -29,8 +29,9 @@ from stableopd.checkpoint import (
 )
 from stableopd.config import StableOPDConfig
 from stableopd.config_files import check_resumable, dump_config, flatten
-from stableopd.errors import ConfigError, RunFolderError
+from stableopd.errors import ConfigError, RunFolderError, TrainingError
 from stableopd.evaluate import decode, evaluate
+from stableopd.health.causes import NO_TOKENS, NOT_FINITE
 from stableopd.health.controller import Controls, HealthController, Levers
 from stableopd.health.monitor import HealthMonitor
 from stableopd.metrics import Stopwatch, TrackerSink, mean_of
@@ -45,6 +46,8 @@ from stableopd.rows import TrainingRows, concat_rows, gold_rows, minibatches, ro
 from stableopd.types import Alert, HealthReport, Sampling, TrainState
 from stableopd.vocabulary import pad_token_id
 
+MAX_STEPS_WITHOUT_UPDATE = 10
+"""So many steps in a row without a single update end a run: from the same weights the next would be no better."""
 _TRAIN_STREAM, _EVAL_STREAM, _MINIBATCH_STREAM = 1, 2, 3
 
 
@@ -162,6 +165,7 @@ class StableOPDTrainer:
             alerts += self.monitor.observe_eval(step, evaluation)
         self._advance(step, metrics, stopped=controls.stop)
         self._log(step, metrics, alerts if self.config.health.actions != "off" else ())
+        self._end_without_updates(step, metrics)
         self._save_if_due(step, metrics)
         return metrics
 
@@ -371,6 +375,22 @@ class StableOPDTrainer:
         self.state.monitor = self.monitor.state_dict()
         self.state.controller = self.controller.state_dict()
         metrics["num_tokens"] = float(self.state.num_tokens)
+
+    def _end_without_updates(self, step: int, metrics: dict[str, float]) -> None:
+        """Raises: TrainingError when no update could be made for `MAX_STEPS_WITHOUT_UPDATE` steps in a row."""
+        if "skipped_updates" not in metrics:  # a rollback or a stop took the update's place
+            return
+        idle = self.state.steps_without_update + 1 if metrics["skipped_updates"] == 1.0 else 0
+        self.state.steps_without_update = idle
+        if idle < MAX_STEPS_WITHOUT_UPDATE:
+            return
+        empty = metrics["skipped_updates/no_tokens"] > 0
+        cause = NO_TOKENS if empty else NOT_FINITE
+        raise TrainingError(
+            f"stopped at step {step}: no update could be made in the last {idle} steps, since "
+            f"{'no token counted in any loss' if empty else 'loss or gradient were not finite'}. {cause.advice} "
+            f"Checkpoints from before step {step - idle + 1} are as they were"
+        )
 
     # ------------------------------------------------------------------ run folder
 

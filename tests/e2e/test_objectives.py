@@ -131,7 +131,8 @@ def test_when_every_rollout_is_cut_off_and_dropped_the_figures_are_still_those_o
         )  # fmt: skip
         rows[weight] = metrics[0]
     assert rows[0.0]["completions/clipped_ratio"] == 1.0
-    assert rows[0.0]["skipped_updates"] == (method == "opd")
+    assert rows[0.0]["skipped_updates"] == rows[0.0]["skipped_updates/no_tokens"] == (method == "opd")
+    assert rows[1.0]["skipped_updates/no_tokens"] == 0
     for key in ("teacher/reverse_kl", "health/advantage_other"):
         assert rows[0.0][key] == pytest.approx(rows[1.0][key], rel=1e-4), key
     assert ("loss/gold" in rows[0.0]) == (method == "stableopd")
