@@ -34,6 +34,7 @@ from stableopd.evaluate import decode, evaluate
 from stableopd.health.causes import NO_TOKENS, NOT_FINITE
 from stableopd.health.controller import Controls, HealthController, Levers
 from stableopd.health.monitor import HealthMonitor
+from stableopd.health.rules import FAILED_REWARDS
 from stableopd.metrics import Stopwatch, TrackerSink, mean_of
 from stableopd.models import computing_module
 from stableopd.observation import StepBatch, all_advantages, gather_views
@@ -97,6 +98,7 @@ class StableOPDTrainer:
         self.controller = HealthController(self.config.health.controller_settings(), self._levers())
         self.state = TrainState(begun_with=parts.digests)
         self.recorder: RunRecorder | None = None
+        self._told_of_failed_rewards = False
         self._sinks: list[MetricSink] = []
 
     # ------------------------------------------------------------------ the loop
@@ -247,8 +249,10 @@ class StableOPDTrainer:
         batch.completions = decode(batch.rollouts, batch.examples, self.tokenizer)
         figures: dict[str, float] = {}
         if self.reward is not None:
-            batch.rewards, failures = score_completions(batch.completions, self.reward)
-            figures = reward_figures(gather_object(batch.rewards), sum(gather_object([failures])))
+            batch.rewards, mine = score_completions(batch.completions, self.reward)
+            rewards, failures = gather_object(batch.rewards), gather_object(mine)
+            self._tell_of_failed_rewards(batch.step, failures, len(rewards))
+            figures = reward_figures(rewards, len(failures))
         views = gather_views(batch)
         report = self.monitor.observe(
             batch.step,
@@ -259,10 +263,31 @@ class StableOPDTrainer:
             advantages=all_advantages(views),
             accuracy=figures.get("reward/right_fraction"),
         )
+        judged = self.monitor.judge(batch.step, {key: figures[key] for key in figures if key == FAILED_REWARDS})
+        report = replace(report, alerts=report.alerts + judged)
         if self.probe_rows is not None and not self.controller.controls().gold_coef:  # with gold the probe is free
             figures |= self.updater.probe(self.probe_rows)
             report = replace(report, alerts=report.alerts + self.monitor.judge(batch.step, figures))
         return replace(report, metrics={**report.metrics, **figures})
+
+    def _tell_of_failed_rewards(self, step: int, failures: Sequence[str], num_rewards: int) -> None:
+        """Raises: TrainingError when not one completion of the run's first step could be judged."""
+        if not failures:
+            return
+        function = self.config.objective.reward.function
+        if step == 1 and len(failures) == num_rewards:
+            raise TrainingError(
+                f"objective.reward.function {function!r} failed on all {num_rewards} completions of the first step, so "
+                f"there is nothing to learn from. It is called with (completion, answer), two texts, and must return a "
+                f"finite number. The first failure: {failures[0]}"
+            )
+        if not self._told_of_failed_rewards:
+            self._told_of_failed_rewards = True
+            self._each_callback(
+                "on_note",
+                f"the reward function {function!r} failed on {len(failures)} of {num_rewards} completions of step "
+                f"{step}, which count 0 (metric reward/failures). The first failure: {failures[0]}",
+            )
 
     def _levers(self) -> Levers:
         objective = self.config.objective

@@ -177,6 +177,14 @@ class TestSkippedUpdates:
         assert monitor.alarms == ()
 
 
+class TestFailedRewards:
+    def test_a_few_are_no_alarm_half_of_a_step_warns_and_all_of_it_is_critical(self) -> None:
+        alerts = feed(HealthMonitor(), [{"reward/failed_fraction": share} for share in (0.0, 0.3, 0.6, 1.0)])
+        assert said(alerts) == [("reward_failures", "warning"), ("reward_failures", "critical")]
+        assert "100% of the step's completions" in alerts[-1].message
+        assert alerts[-1].cause == "reward_function"
+
+
 class TestHysteresis:
     def test_speaks_once_while_a_level_lasts(self) -> None:
         assert said(feed(instant(), [row()] * 5 + [row(0.2)] * 50)) == [("truncation", "warning")]

@@ -75,6 +75,11 @@ NO_TOKENS = Cause(
     "What to do: raise objective.distill.tokens.truncated_weight or rollout.max_completion_length, or add the gold "
     "term (objective.gold.coef), which counts whatever the rollouts are.",
 )
+REWARD_FUNCTION = Cause(
+    "reward_function",
+    "Likely cause: the reward function raises, or does not return a finite number; such a completion counts 0.",
+    "What to do: call it by hand on a completion and an answer of the run folder's rollouts/, and mend it.",
+)
 UNMEASURED = " Loops were not measured: give the monitor texts or token_ids to tell this from length inflation."
 
 STABILISABLE = frozenset(cause.name for cause in (INFLATION, UNLEARNS_STOPPING, DRIFT, EARLY_LOOPS, FORGETTING))

@@ -165,8 +165,9 @@ class HealthMonitor:
     """Turns the rollouts of each step into a `HealthReport` with figures and alerts.
 
     Rules: `length_over_expected`, `length_growth`, `truncation`, `repetition`, `loops`, `stop_probe`,
-    `skipped_updates`, `eval_accuracy`, `eval_truncation`. A rule raises an alert on entering the warning or critical
-    level, and again only on escalation, or after it has come back below its release level and cooled down.
+    `skipped_updates`, `reward_failures`, `eval_accuracy`, `eval_truncation`. A rule raises an alert on entering the
+    warning or critical level, and again only on escalation, or after it has come back below its release level and
+    cooled down.
     A signal that a step lacks leaves its rule as it was. Needs no torch and nothing of the trainer.
     """
 

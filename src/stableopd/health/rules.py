@@ -21,6 +21,7 @@ from stableopd.health.causes import (
     INFLATION,
     NO_TOKENS,
     NOT_FINITE,
+    REWARD_FUNCTION,
     UNLEARNS_STOPPING,
     UNMEASURED,
     Cause,
@@ -39,6 +40,7 @@ STOP_PROBE = "health/stop_probe"
 ENDING_PROBE = "health/ending_probe"
 SKIPPED = "skipped_updates"
 SKIPPED_WITHOUT_TOKENS = "skipped_updates/no_tokens"
+FAILED_REWARDS = "reward/failed_fraction"
 TRACKED = (MEAN_LENGTH, TRUNCATION, ACCURACY, REPETITION, LOOPS, STOP_PROBE, ENDING_PROBE)
 
 NEVER = math.inf
@@ -165,6 +167,7 @@ def read_all(metrics: Mapping[str, float], history: History) -> Iterator[tuple[s
         "loops": (LOOPS, _loops),
         "stop_probe": (STOP_PROBE, _stop_probe),
         "skipped_updates": (SKIPPED, _skipped_updates),
+        "reward_failures": (FAILED_REWARDS, _reward_failures),
     }
     for rule, (signal, read) in rules.items():
         if is_number(metrics.get(signal)):
@@ -310,6 +313,21 @@ def _skipped_updates(metrics: Mapping[str, float], history: History) -> Reading:
         cause=NO_TOKENS if empty else NOT_FINITE,
         patience=1,
         patience_critical=max(2, history.settings.patience),
+    )
+
+
+def _reward_failures(metrics: Mapping[str, float], history: History) -> Reading:
+    """Warns when half of a step's completions could not be judged, critical when hardly any could."""
+    failed = metrics[FAILED_REWARDS]
+    return Reading(
+        signal=FAILED_REWARDS,
+        value=failed,
+        warning=0.5,
+        critical=0.99,
+        release=0.5,
+        seen=f"The reward function failed on {failed:.0%} of the step's completions",
+        cause=REWARD_FUNCTION,
+        patience=1,
     )
 
 
