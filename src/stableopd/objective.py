@@ -113,8 +113,8 @@ class DistillConfig(Section):
         if self.divergence == "jsd" and self.beta in (0.0, 1.0):
             limit = "forward_kl" if self.beta == 0.0 else "reverse_kl"
             raise ValueError(
-                f"beta is {self.beta:g}, at which jsd is 0 whatever student and teacher do, so nothing would be learnt; "
-                f"set divergence={limit} (what TRL means by this beta), or a beta between 0 and 1"
+                f"beta is {self.beta:g}, at which jsd is 0 whatever student and teacher do, so nothing would be "
+                f"learnt; set divergence={limit} (what TRL means by this beta), or a beta between 0 and 1"
             )
         one_sided = self.support in ("teacher_topk", "student_topk", "intersection")
         if self.support != "full" and self.topk == 1 and one_sided and self.tail == "renormalise":

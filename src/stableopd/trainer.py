@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from stableopd.advantages import RolloutSignals, rollout_signals, without_loops
+from stableopd.advantages import RolloutSignals, corrected_tokens, rollout_signals, without_loops
 from stableopd.assembly import assemble, with_names
 from stableopd.checkpoint import (
     checkpoint_path,
@@ -346,7 +346,7 @@ class StableOPDTrainer:
         return {**mean_of(figures), **metrics, "learning_rate": rate}
 
     def _signals(self, batch: StepBatch) -> tuple[RolloutSignals, dict[str, float]]:
-        """Advantages and token weights of the rollouts; the gap to the engine where it is corrected."""
+        """Advantages and token weights of the rollouts; the gap to the engine where it is known beforehand."""
         assert batch.rollouts is not None
         objective, rollouts = self.config.objective, batch.rollouts
         scores = self.updater.score(rollouts, entropy=True) if objective.needs_student_scores else None
@@ -363,7 +363,11 @@ class StableOPDTrainer:
         if scores is None:
             return signals, {}
         gap = (scores.logprobs - rollouts.sampling_logprobs).abs()
-        return signals, {"sampling/logprob_gap": self._token_mean(gap, rollouts.completion_mask)}
+        figures = {"sampling/logprob_gap": self._token_mean(gap, rollouts.completion_mask)}
+        if objective.correction.kind != "none":
+            outside = corrected_tokens(scores.logprobs, rollouts.sampling_logprobs, objective.correction)
+            figures["sampling/corrected_fraction"] = self._token_mean(outside, rollouts.completion_mask)
+        return signals, figures
 
     def _hindsight(self, batch: StepBatch) -> dict[str, float]:
         """What is known of a step's rollouts after its update; some of them are written to the run folder."""

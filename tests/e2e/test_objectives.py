@@ -162,6 +162,7 @@ def test_all_of_the_finer_settings_together_train(run, rewards):
         assert all(math.isfinite(row[key]) for key in ("loss/distill", "loss/gold", "loss/reference", "reward"))
         assert "loss/reward" not in row, "it is part of the advantage"
         assert row["sampling/logprob_gap"] < 1e-4
+        assert row["sampling/corrected_fraction"] == 0
 
 
 def test_special_tokens_that_are_masked_are_not_the_ones_that_end_an_answer(run, tokenizer):
@@ -187,6 +188,14 @@ def test_grpo_learns_what_a_users_function_rewards(run, rewards):
     assert sum(reward[-3:]) / 3 > 0.6
     lines = (trainer.config.run_dir / "rollouts" / "step-000030.jsonl").read_text().splitlines()
     assert all(row["reward"] == row["completion"].count("7") / len(row["completion"]) for row in map(json.loads, lines))
+
+
+def test_a_correction_that_leaves_out_nearly_everything_is_seen(run):
+    """No ratio of two computations is exactly 1."""
+    _, metrics = run(method="opd", objective={"correction": {"kind": "mask", "cap": 1.0, "floor": 1.0}})
+    assert all(row["sampling/corrected_fraction"] > 0.3 for row in metrics)
+    _, metrics = run(method="opd", max_steps=1)
+    assert "sampling/corrected_fraction" not in metrics[0]
 
 
 def test_a_reward_beside_the_distillation_is_a_term_of_its_own(run, rewards):
