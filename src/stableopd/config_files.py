@@ -13,6 +13,7 @@ from stableopd.errors import ConfigError
 
 _MAY_CHANGE_ON_RESUME = {"max_steps", "checkpoint", "logging", "output_dir", "num_processes"}
 _MAY_CHANGE_ON_RESUME |= {"optimizer.micro_batch_tokens"}  # changes rounding only
+_MAY_CHANGE_ON_RESUME |= {"student.lora.merge"}  # changes what is written at the end only
 _MAY_CHANGE_ON_RESUME |= {"health.actions", *(f"health.controller.{name}" for name in ControllerConfig.model_fields)}
 
 

@@ -451,12 +451,21 @@ class StableOPDTrainer:
                 "same: the reference and the order of prompts would change in the middle of the run. Put the old one "
                 "back, or choose another output_dir"
             )
+        self._tell_of_a_lost_log(path, found[-1].name)
         self.state = load_checkpoint(found[-1], student=self.student, optimizer=self.updater.optimizer)
         self.state.stopped = False
         self.monitor.load_state_dict(self.state.monitor)
         self.controller.load_state_dict(self.state.controller)
         self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
         return self.state.step
+
+    def _tell_of_a_lost_log(self, path: Path, checkpoint: str) -> None:
+        if not (path / "metrics.jsonl").exists():
+            self._each_callback(
+                "on_note",
+                f"{path / 'metrics.jsonl'} is gone: the run goes on from {checkpoint}, but its log until "
+                "then is lost, and the report begins after it. With a copy: stop, put it back, and resume again",
+            )
 
     def _close_run_folder(self) -> None:
         for sink in self._sinks:

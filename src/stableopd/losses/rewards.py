@@ -24,8 +24,8 @@ def group_advantages(rewards: Tensor, groups: Sequence[int] | Tensor, scale: Rew
 
     Args:
         rewards: [B], one per completion, finite.
-        groups: the group of each completion, B of them (a sequence, or a tensor [B]), in any order. All of a group must be
-            here.
+        groups: the group of each completion, B of them (a sequence, or a tensor [B]), in any order. All of a group must
+            be here.
         scale: "group" makes every group count alike; "none" lets groups count by how far their rewards spread.
 
     Returns: [B], float32 (float64 for float64 rewards), detached. Exactly 0 in a group of one, or of equal rewards.
