@@ -417,7 +417,7 @@ def _wrong_value(dotted: str, problem: Any) -> str:
     if problem["type"] == "model_type":
         message = "is a section: give its settings one by one, as a mapping"
     elif isinstance(given, float) and math.isnan(given):
-        message = "must be a number, and .nan is none"
+        message = "input should be a finite number"
     shown = repr(given)
     return f"{dotted}: {message[0].lower()}{message[1:]} (got {shown if len(shown) < 80 else shown[:77] + '...'})"
 

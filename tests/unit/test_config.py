@@ -147,7 +147,7 @@ def test_a_section_given_as_a_value_and_a_number_that_is_none_are_told_in_plain_
     section, beta, coef = str(caught.value).splitlines()
     assert section.endswith("student.lora: is a section: give its settings one by one, as a mapping (got True)")
     for line in (beta, coef):
-        assert line.endswith("must be a number, and .nan is none (got nan)")
+        assert line.endswith("input should be a finite number (got nan)")
 
 
 @pytest.mark.parametrize("override", ["seed", "=3", "seed.x=3", "sead=3", "seed=[1"])
