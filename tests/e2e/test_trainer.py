@@ -161,6 +161,8 @@ def test_a_run_that_makes_no_update_says_so_at_once_and_ends(run_settings, check
             resume_from_checkpoint=True
         )
 
+    assert len(metrics_of(tmp_path)) == 10
+
 
 def test_a_run_none_of_whose_tokens_count_says_which_setting_leaves_them_out(run_settings, tmp_path):
     settings = run_settings(
@@ -221,7 +223,6 @@ def test_lora_trains_adapters_only_and_its_reference_is_the_model_without_them(t
 
     resumed = trainer(3)
     resumed.train(resume_from_checkpoint=True)
-    assert len(metrics_of(tmp_path)) == 10
     assert [row["step"] for row in metrics_of(tmp_path)] == [1, 2, 3]
     saved = AutoModelForCausalLM.from_pretrained(checkpoints_in(tmp_path / "run" / "checkpoints")[-1])
     ids = torch.tensor([[5, 6, 7, 8]])
