@@ -418,7 +418,7 @@ class StableOPDTrainer:
         raise TrainingError(
             f"stopped at step {step}: no update could be made in the last {idle} steps, since "
             f"{'no token counted in any loss' if empty else 'loss or gradient were not finite'}. {cause.advice} "
-            f"Checkpoints from before step {step - idle + 1} are as they were"
+            f"The student is as it was after step {step - idle}, and its checkpoints are kept"
         )
 
     # ------------------------------------------------------------------ run folder

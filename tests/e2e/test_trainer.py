@@ -160,7 +160,6 @@ def test_a_run_that_makes_no_update_says_so_at_once_and_ends(run_settings, check
         StableOPDTrainer(teacher_model=broken_teacher(checkpoints), args=StableOPDConfig(**settings)).train(
             resume_from_checkpoint=True
         )
-
     assert len(metrics_of(tmp_path)) == 10
 
 
