@@ -408,7 +408,7 @@ def test_a_term_that_makes_no_sense_is_refused_by_name(bad, message):
         ({"chunk_rows": -1}, "chunk_rows -1"),
         ({"topk": -1}, "topk is -1"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )  # fmt: skip
 def test_arrays_that_do_not_fit_are_refused_and_not_cut_or_repeated(changes, message):
     case = Case()
