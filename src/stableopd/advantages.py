@@ -25,7 +25,7 @@ from stableopd.losses import (
     special_token_mask,
     truncation_weights,
 )
-from stableopd.objective import ObjectiveConfig
+from stableopd.objective import CorrectionConfig, ObjectiveConfig
 from stableopd.scoring import Scores
 from stableopd.types import RolloutBatch, TokenScores
 
@@ -106,6 +106,14 @@ def _distill_advantages(
     if objective.needs_rewards and objective.reward.add_to_advantage:
         advantages = advantages + objective.reward.coef / objective.distill.coef * rewards
     return advantages
+
+
+def corrected_tokens(trainer_logprobs: Tensor, engine_logprobs: Tensor, settings: CorrectionConfig) -> Tensor:
+    """[B, T] bool: tokens whose ratio the correction cuts (`truncate`) or leaves out (`mask`)."""
+    if settings.kind == "none":
+        return torch.zeros_like(trainer_logprobs, dtype=torch.bool)
+    weights = importance_weights(trainer_logprobs, engine_logprobs, settings.kind, settings.cap, settings.floor)
+    return weights != importance_weights(trainer_logprobs, engine_logprobs, "truncate", cap=torch.inf)
 
 
 def without_loops(signals: RolloutSignals, rollouts: RolloutBatch) -> RolloutSignals:

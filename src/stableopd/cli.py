@@ -203,6 +203,10 @@ def _stop_as_on_interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+class _ToldAndStopped(SystemExit):
+    """The end of an interrupted command that has said so."""
+
+
 def main() -> None:
     """Entry point: errors made for users become one message on stderr and exit status 2."""
     for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode shows question marks, not a traceback
@@ -221,6 +225,12 @@ def main() -> None:
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         _interrupted("stopped")
+    except _ToldAndStopped:
+        raise
+    except SystemExit as ended:  # typer turns an interrupt outside the commands' own care into a silent exit
+        if ended.code == INTERRUPTED:
+            _interrupted("stopped")
+        raise
 
 
 def _complain(message: str) -> None:
@@ -230,7 +240,7 @@ def _complain(message: str) -> None:
 
 def _interrupted(message: str) -> Any:
     Console(stderr=True, soft_wrap=True).print(escape(message), highlight=False)
-    sys.exit(INTERRUPTED)
+    raise _ToldAndStopped(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ at the top level and put where they belong.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -412,10 +413,14 @@ def _unknown_key(dotted: str) -> str:
 
 
 def _wrong_value(dotted: str, problem: Any) -> str:
-    message = str(problem["msg"]).removeprefix("Value error, ")
+    given, message = problem["input"], str(problem["msg"]).removeprefix("Value error, ")
     if not dotted:
         return message
-    shown = repr(problem["input"])
+    if problem["type"] == "model_type":
+        message = "is a section: give its settings one by one, as a mapping"
+    elif isinstance(given, float) and math.isnan(given):
+        message = "input should be a finite number"
+    shown = repr(given)
     return f"{dotted}: {message[0].lower()}{message[1:]} (got {shown if len(shown) < 80 else shown[:77] + '...'})"
 
 

@@ -13,6 +13,7 @@ from stableopd.errors import ConfigError
 
 _MAY_CHANGE_ON_RESUME = {"max_steps", "checkpoint", "logging", "output_dir", "num_processes"}
 _MAY_CHANGE_ON_RESUME |= {"optimizer.micro_batch_tokens"}  # changes rounding only
+_MAY_CHANGE_ON_RESUME |= {"student.lora.merge"}  # changes what is written at the end only
 _MAY_CHANGE_ON_RESUME |= {"health.actions", *(f"health.controller.{name}" for name in ControllerConfig.model_fields)}
 
 
@@ -23,13 +24,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StableOPDCon
     impossible value; the message has the line of the file where there is one.
     """
     raw, lines = _read_yaml(Path(path))
+    given: dict[str, str] = {}
     for override in overrides:
         dotted = _apply_override(raw, override)
+        given[dotted] = override
         lines = {key: line for key, line in lines.items() if FLAT_NAMES.get(key, key) != dotted}
     try:
         return StableOPDConfig(**raw)
     except ConfigError as error:
-        raise ConfigError("\n".join(_placed(error, path, lines))) from None
+        raise ConfigError("\n".join(_placed(error, path, lines, given))) from None
 
 
 def check_resumable(path: Path, config: StableOPDConfig) -> None:
@@ -125,9 +128,21 @@ def _apply_override(raw: dict[str, Any], override: str) -> str:
     return dotted
 
 
-def _placed(error: ConfigError, path: str | Path, lines: Mapping[str, int]) -> Iterator[str]:
-    """Each problem with the file and the line that its key stands on."""
+def _placed(
+    error: ConfigError, path: str | Path, lines: Mapping[str, int], overrides: Mapping[str, str]
+) -> Iterator[str]:
+    """Each problem with the override that caused it, or the file and the line that its key stands on."""
     for dotted, message in error.problems:
+        guilty = [text for key, text in overrides.items() if _is_within(dotted, key)]
+        if guilty:
+            yield f"{guilty[-1]} (command line): {message.removeprefix(f'{dotted}: ')}"
+            continue
+        involved = [text for key, text in overrides.items() if dotted and _is_within(key, dotted)]
+        beside = f" with {' '.join(involved)} (command line)" if involved else ""
         flat = next((name for name, target in FLAT_NAMES.items() if target == dotted and name in lines), dotted)
         line = lines.get(flat)
-        yield f"{path}, line {line}: {message}" if line else f"{path}: {message}"
+        yield f"{path}, line {line}{beside}: {message}" if line else f"{path}{beside}: {message}"
+
+
+def _is_within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")

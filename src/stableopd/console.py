@@ -75,6 +75,9 @@ class ConsoleReporter(Callback):
         elif accuracy == 0.0:
             self._hint("not one held-out answer was judged right; if that surprises you, look at evaluation.judge")
 
+    def on_note(self, trainer: Any, text: str) -> None:
+        self._hint(text)
+
     def _hint(self, text: str) -> None:
         if text not in self._explained:
             self._explained.add(text)

@@ -39,6 +39,10 @@ class RunFolderError(StableOPDError, OSError):
     """A run folder that must not be written into, or from which nothing can be read or resumed."""
 
 
+class TrainingError(StableOPDError, RuntimeError):
+    """A run that began well and cannot go on: no update can be made, no reward can be had."""
+
+
 class MissingDependencyError(StableOPDError, ImportError):
     """An optional package is needed for what was asked."""
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from stableopd.heads import Head, LinearHead
 from stableopd.losses import SupportKind, candidate_set, support_divergence
-from stableopd.losses._numerics import IMPOSSIBLE
+from stableopd.losses._numerics import IMPOSSIBLE, check_choice, check_share
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd", "mixed_kl"]
 Tail = Literal["renormalise", "bucket"]
@@ -148,15 +148,16 @@ def fused_loss(
         topk: how many of the student's likeliest tokens to return at each position.
         chunk_rows: tokens of a chunk; changes memory and rounding only.
 
-    Raises: ValueError when temperature is not positive, vocabularies differ, a term names a model that is not among
-        `others`, or two terms have one name.
+    Raises: ValueError when temperature is not positive, vocabularies or the numbers of rows differ, ids are outside the
+        vocabulary, an option of a term is none that there is, a term names a model that is not among `others`, or two
+        terms have one name.
     Numerics: the matrix products run in the dtype of the states (under autocast, in autocast's) and round the logits to
         it; what follows is float32, float64 for float64 states. Peak memory beyond the results: a few [chunk, V]
         arrays. A divergence is infinite where one side forbids what the other allows in its direction; the gradient
         is then huge or infinite, and no update can be made of it.
     """
     others = dict(others or {})
-    _check(student, terms, others, temperature)
+    _check(student, token_ids, terms, others, temperature, topk, chunk_rows)
     wanted = _wants_gradient(student) and bool(terms)
     with torch.no_grad():
         run = _Pass(student, token_ids, terms, others, temperature, entropy, topk, wanted, chunk_rows)
@@ -174,15 +175,33 @@ def fused_loss(
     )
 
 
-def _check(student: Projected, terms: Sequence[Term], others: Mapping[str, Projected], temperature: float) -> None:
+def _check(
+    student: Projected,
+    token_ids: Tensor,
+    terms: Sequence[Term],
+    others: Mapping[str, Projected],
+    temperature: float,
+    topk: int,
+    chunk_rows: int | None,
+) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; log-probabilities need a temperature above 0")
+    if topk < 0 or (chunk_rows is not None and chunk_rows < 1):
+        raise ValueError(
+            f"topk is {topk} and chunk_rows {chunk_rows}; topk must be 0 (none) or more, chunk_rows None (as memory "
+            "allows) or 1 and more"
+        )
+    num_tokens, vocab_size = len(student.states), student.head.vocab_size
+    _check_states("the student", student, num_tokens)
+    _check_shape("token_ids", token_ids, (num_tokens,))
+    _check_ids("token_ids", token_ids, vocab_size)
     for name, other in others.items():
-        if other.head.vocab_size != student.head.vocab_size:
+        if other.head.vocab_size != vocab_size:
             raise ValueError(
-                f"the student's head is cut to {student.head.vocab_size} ids and that of {name} to "
+                f"the student's head is cut to {vocab_size} ids and that of {name} to "
                 f"{other.head.vocab_size}; cut both to the common vocabulary"
             )
+        _check_states(name, other, num_tokens)
     names = [term.name for term in terms]
     for term in terms:
         known_beforehand = isinstance(term, SupportTerm) and term.ids is not None
@@ -191,6 +210,60 @@ def _check(student: Projected, terms: Sequence[Term], others: Mapping[str, Proje
             raise ValueError(f"term {term.name} compares with {term.other!r}, which is not among {sorted(others)}")
         if names.count(term.name) > 1:
             raise ValueError(f"two terms are named {term.name}; their values would be one another's")
+        _check_term(term, num_tokens, vocab_size)
+
+
+def _check_term(term: Term, num_tokens: int, vocab_size: int) -> None:
+    what = f"term {term.name}:"
+    _check_shape(f"{what} weight", term.weight, (num_tokens,))
+    if isinstance(term, SampledTerm):
+        return
+    check_choice(f"{what} divergence", term.divergence, Divergence)
+    if term.divergence == "jsd":
+        check_share(f"{what} beta", term.beta, "the other model's share of the mixture")
+    if term.divergence == "mixed_kl":
+        check_share(f"{what} forward_weight", term.forward_weight, "the share of KL(other ‖ student)")
+    if not isinstance(term, SupportTerm):
+        return
+    check_choice(f"{what} tail", term.tail, Tail)
+    if (term.ids is None) != (term.logprobs is None):
+        raise ValueError(f"{what} ids and logprobs belong together: give both, or neither with other, kind and k")
+    if term.ids is not None and term.logprobs is not None:
+        shape = (num_tokens, term.ids.shape[-1]) if term.ids.dim() == 2 else (num_tokens, "K")
+        _check_shape(f"{what} ids", term.ids, shape)
+        _check_shape(f"{what} logprobs", term.logprobs, shape)
+        _check_ids(f"{what} ids", term.ids, vocab_size)
+        return
+    check_choice(f"{what} kind", term.kind, SupportKind)
+    if term.k < 1:
+        raise ValueError(f"{what} k is {term.k}; a support needs at least one candidate")
+
+
+def _check_states(name: str, model: Projected, num_tokens: int) -> None:
+    width = model.head.weight.shape[1] if isinstance(model.head, LinearHead) else model.states.shape[-1]
+    _check_shape(f"{name}: states", model.states, (num_tokens, width))
+
+
+def _check_shape(name: str, array: Tensor, shape: tuple[object, ...]) -> None:
+    if array.shape != shape:
+        wanted = str(shape).replace("'", "")
+        raise ValueError(
+            f"{name} is {tuple(array.shape)} and must be {wanted}: one row for each of the student's states, whose "
+            "width is that of the head"
+        )
+
+
+def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    if ids.dtype != torch.int64:
+        raise ValueError(f"{name} are {ids.dtype}; token ids are torch.int64, so convert them with .long()")
+    if not ids.numel():
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"{name} go from {low} to {high}, but the head has the ids 0 to {vocab_size - 1}; leave padding out of the "
+            "packed tokens, and cut the heads to the tokenizer's vocabulary, not below"
+        )
 
 
 def _wants_gradient(student: Projected) -> bool:

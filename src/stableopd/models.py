@@ -33,6 +33,11 @@ def load_model(config: ModelConfig, role: str) -> nn.Module:
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        if config.attn_implementation and _is_about_attention(error, config.attn_implementation):
+            raise ModelError(
+                f"{role}.attn_implementation is {config.attn_implementation!r}, with which {name!r} cannot be loaded: "
+                f"{_first_line(error)}\nLeave it out to get the model's own, or take eager, sdpa or an installed kernel"
+            ) from error
         raise _cannot_load("model", role, name, error) from error
     return model
 
@@ -168,10 +173,18 @@ def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
+def _is_about_attention(error: Exception, implementation: str) -> bool:
+    text = str(error).lower()
+    return "attn" in text or "attention" in text or implementation.lower() in text
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _cannot_load(what: str, role: str, name: str, error: Exception) -> ModelError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
     return ModelError(
-        f"the {role} {what} {name!r} cannot be loaded: {lines[0]}\n"
+        f"the {role} {what} {name!r} cannot be loaded: {_first_line(error)}\n"
         f"{role}.model_name_or_path must be a folder written by save_pretrained (config.json, model.safetensors, "
         "tokenizer files) or the id of such a repository on the hub"
     )

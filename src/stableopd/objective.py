@@ -66,7 +66,7 @@ class DistillConfig(Section):
     gate_high: AtLeastOne = 2.0
     """`reinforce`: tokens whose ratio to the policy that drew them is outside are left out of the gradient."""
     beta: Fraction = 0.5
-    """`jsd`: the teacher's share of the mixture."""
+    """`jsd`: the teacher's share of the mixture, above 0 and below 1."""
     forward_weight: Fraction = 0.5
     """`mixed_kl`: weight of KL(teacher ‖ student); the rest is KL(student ‖ teacher)."""
     support: Support = "full"
@@ -109,6 +109,12 @@ class DistillConfig(Section):
             raise ValueError(
                 f"advantage.{self.advantage.changed()[0]} shapes the advantage of sampled tokens, which {name} does "
                 "not use; set divergence=sampled_reverse_kl with estimator=clipped or reinforce, or leave it out"
+            )
+        if self.divergence == "jsd" and self.beta in (0.0, 1.0):
+            limit = "forward_kl" if self.beta == 0.0 else "reverse_kl"
+            raise ValueError(
+                f"beta is {self.beta:g}, at which jsd is 0 whatever student and teacher do, so nothing would be "
+                f"learnt; set divergence={limit} (what TRL means by this beta), or a beta between 0 and 1"
             )
         one_sided = self.support in ("teacher_topk", "student_topk", "intersection")
         if self.support != "full" and self.topk == 1 and one_sided and self.tail == "renormalise":

@@ -69,6 +69,9 @@ class Callback:
 
     def on_step_end(self, trainer: Any, metrics: Mapping[str, float], alerts: Sequence[Alert]) -> None: ...
 
+    def on_note(self, trainer: Any, text: str) -> None:
+        """Something that the user ought to know and that no metric says, in plain text."""
+
     def on_evaluate(self, trainer: Any, metrics: Mapping[str, float]) -> None: ...
 
     def on_save(self, trainer: Any, path: str) -> None: ...

@@ -42,6 +42,8 @@ from stableopd.terms import (
 
 _ROLLOUT_FIGURES = ("entropy", "sampling/logprob_gap", "clip_ratio/region_mean")
 
+_NO_TOKENS = {"skipped_updates": 1.0, "skipped_updates/no_tokens": 1.0}
+
 
 class Updater:
     """Owns the optimizer and makes updates from rows. Knows nothing of rollouts, teachers or logs.
@@ -112,7 +114,8 @@ class Updater:
         """One optimizer step on all `rows` of all processes; returns figures for the log.
 
         Every process must call it the same number of times; a process may bring no rows at all. An update whose
-        gradient is not finite, or in which no token counts, is not made: `skipped_updates` is 1.
+        gradient is not finite, or in which no token counts, is not made: `skipped_updates` is 1, and
+        `skipped_updates/no_tokens` tells the second from the first.
 
         Args:
             teacher_logprobs: [rollouts, T], filled in with the teacher's log-probability of each sampled token where
@@ -124,7 +127,7 @@ class Updater:
         totals = dict(zip((*coefs, "rollout"), shares, strict=True))
         nothing_counts = not any(totals[name] for name in coefs)
         if nothing_counts and teacher_logprobs is None:
-            return {"skipped_updates": 1.0}
+            return {**_NO_TOKENS}
         rows = weighted(rows, weights, totals, coefs)
         names = [f"loss/{name}" for name in coefs if totals[name] > 0]
         names += _ROLLOUT_FIGURES if totals["rollout"] and self.objective.needs_rollouts else ()
@@ -136,7 +139,7 @@ class Updater:
         figures = dict(zip(sums, self._sum(list(sums.values())), strict=True))
         if nothing_counts:  # but the teacher's log-probabilities were wanted
             self.optimizer.zero_grad(set_to_none=True)
-            return {**figures, "skipped_updates": 1.0}
+            return {**figures, **_NO_TOKENS}
         sum_gradients(self.trained)
         grad_norm = float(nn.utils.clip_grad_norm_(self.trained, self._max_grad_norm))
         finite = math.isfinite(grad_norm)
@@ -146,7 +149,8 @@ class Updater:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         loss = sum(coef * figures.get(f"loss/{name}", 0.0) for name, coef in coefs.items())
-        return {**figures, "loss": loss, "grad_norm": grad_norm, "skipped_updates": float(not finite)}
+        skipped = {"skipped_updates": float(not finite), "skipped_updates/no_tokens": 0.0}
+        return {**figures, "loss": loss, "grad_norm": grad_norm, **skipped}
 
     def _backward(
         self,

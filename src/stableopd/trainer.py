@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from stableopd.advantages import RolloutSignals, rollout_signals, without_loops
+from stableopd.advantages import RolloutSignals, corrected_tokens, rollout_signals, without_loops
 from stableopd.assembly import assemble, with_names
 from stableopd.checkpoint import (
     checkpoint_path,
@@ -29,10 +29,12 @@ from stableopd.checkpoint import (
 )
 from stableopd.config import StableOPDConfig
 from stableopd.config_files import check_resumable, dump_config, flatten
-from stableopd.errors import ConfigError, RunFolderError
+from stableopd.errors import ConfigError, RunFolderError, TrainingError
 from stableopd.evaluate import decode, evaluate
+from stableopd.health.causes import NO_TOKENS, NOT_FINITE
 from stableopd.health.controller import Controls, HealthController, Levers
 from stableopd.health.monitor import HealthMonitor
+from stableopd.health.rules import FAILED_REWARDS
 from stableopd.metrics import Stopwatch, TrackerSink, mean_of
 from stableopd.models import computing_module
 from stableopd.observation import StepBatch, all_advantages, gather_views
@@ -45,6 +47,8 @@ from stableopd.rows import TrainingRows, concat_rows, gold_rows, minibatches, ro
 from stableopd.types import Alert, HealthReport, Sampling, TrainState
 from stableopd.vocabulary import pad_token_id
 
+MAX_STEPS_WITHOUT_UPDATE = 10
+"""So many steps in a row without a single update end a run: from the same weights the next would be no better."""
 _TRAIN_STREAM, _EVAL_STREAM, _MINIBATCH_STREAM = 1, 2, 3
 
 
@@ -94,6 +98,7 @@ class StableOPDTrainer:
         self.controller = HealthController(self.config.health.controller_settings(), self._levers())
         self.state = TrainState(begun_with=parts.digests)
         self.recorder: RunRecorder | None = None
+        self._told_of_failed_rewards = False
         self._sinks: list[MetricSink] = []
 
     # ------------------------------------------------------------------ the loop
@@ -131,30 +136,23 @@ class StableOPDTrainer:
         torch.manual_seed(_seed(self.config.seed, _TRAIN_STREAM, step))
         clock = Stopwatch()
         batch = self._my_prompts(step)
-        metrics: dict[str, float] = {}
-        alerts: tuple[Alert, ...] = ()
         if self.config.objective.needs_rollouts:
             with self._phase(clock, step, "rollout"):
                 batch.rollouts = self.engine.generate(batch.examples, self._sampling(), step=step)
             with self._phase(clock, step, "teacher"):
                 self._score(batch)
-            with self._phase(clock, step, "health"):
-                health = self._observe(batch)
-                metrics.update(health.metrics)
-                alerts += health.alerts
-        if self.probe_rows is not None:
-            with self._phase(clock, step, "health"):
-                probe = self.updater.probe(self.probe_rows)
-                metrics.update(probe)
-                alerts += self.monitor.judge(step, probe)
-        controls, done = self._decide(step)
-        alerts += done
-        metrics.update(self.controller.metrics())
+        with self._phase(clock, step, "health"):
+            health = self._observe(batch)
+            controls, done = self._decide(step)
+        metrics = {**health.metrics, **self.controller.metrics()}
+        alerts = health.alerts + done
         if controls.rollback_to is not None:
             self._roll_back(controls.rollback_to)
         elif not controls.stop:
             with self._phase(clock, step, "update"):
-                metrics.update(self._update(batch, controls))
+                figures = self._update(batch, controls)
+                metrics.update(figures)
+                alerts += self.monitor.judge(step, figures)  # updates that were not made
                 self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
         metrics.update(self._hindsight(batch))
         metrics.update(clock.metrics())
@@ -165,6 +163,7 @@ class StableOPDTrainer:
             alerts += self.monitor.observe_eval(step, evaluation)
         self._advance(step, metrics, stopped=controls.stop)
         self._log(step, metrics, alerts)
+        self._end_without_updates(step, metrics)
         self._save_if_due(step, metrics)
         return metrics
 
@@ -242,13 +241,26 @@ class StableOPDTrainer:
         batch.teacher_logprobs = batch.scores.sampled_logprobs
 
     def _observe(self, batch: StepBatch) -> HealthReport:
+        """Health of the student before the step's update: its rollouts, where there are some, and the stop probe."""
+        report = HealthReport(step=batch.step, metrics={})
+        if batch.rollouts is not None:
+            report = self._observe_rollouts(batch)
+        if self.probe_rows is not None:
+            probe = self.updater.probe(self.probe_rows)
+            alerts = report.alerts + self.monitor.judge(batch.step, probe)
+            report = replace(report, metrics={**report.metrics, **probe}, alerts=alerts)
+        return report
+
+    def _observe_rollouts(self, batch: StepBatch) -> HealthReport:
         """Texts and rewards of the step's rollouts, and the health of all processes' rollouts together."""
         assert batch.rollouts is not None
         batch.completions = decode(batch.rollouts, batch.examples, self.tokenizer)
         figures: dict[str, float] = {}
         if self.reward is not None:
-            batch.rewards, failures = score_completions(batch.completions, self.reward)
-            figures = reward_figures(gather_object(batch.rewards), sum(gather_object([failures])))
+            batch.rewards, mine = score_completions(batch.completions, self.reward)
+            rewards, failures = gather_object(batch.rewards), gather_object(mine)
+            self._tell_of_failed_rewards(batch.step, failures, len(rewards))
+            figures = reward_figures(rewards, len(failures))
         views = gather_views(batch)
         report = self.monitor.observe(
             batch.step,
@@ -259,7 +271,28 @@ class StableOPDTrainer:
             advantages=all_advantages(views),
             accuracy=figures.get("reward/right_fraction"),
         )
+        judged = self.monitor.judge(batch.step, {key: figures[key] for key in figures if key == FAILED_REWARDS})
+        report = replace(report, alerts=report.alerts + judged)
         return replace(report, metrics={**report.metrics, **figures})
+
+    def _tell_of_failed_rewards(self, step: int, failures: Sequence[str], num_rewards: int) -> None:
+        """Raises: TrainingError when not one completion of the run's first step could be judged."""
+        if not failures:
+            return
+        function = self.config.objective.reward.function
+        if step == 1 and len(failures) == num_rewards:
+            raise TrainingError(
+                f"objective.reward.function {function!r} failed on all {num_rewards} completions of the first step, so "
+                f"there is nothing to learn from. It is called with (completion, answer), two texts, and must return a "
+                f"finite number. The first failure: {failures[0]}"
+            )
+        if not self._told_of_failed_rewards:
+            self._told_of_failed_rewards = True
+            self._each_callback(
+                "on_note",
+                f"the reward function {function!r} failed on {len(failures)} of {num_rewards} completions of step "
+                f"{step}, which count 0 (metric reward/failures). The first failure: {failures[0]}",
+            )
 
     def _levers(self) -> Levers:
         objective = self.config.objective
@@ -318,7 +351,7 @@ class StableOPDTrainer:
         return {**mean_of(figures), **metrics, "learning_rate": rate}
 
     def _signals(self, batch: StepBatch) -> tuple[RolloutSignals, dict[str, float]]:
-        """Advantages and token weights of the rollouts; the gap to the engine where it is corrected."""
+        """Advantages and token weights of the rollouts; the gap to the engine where it is known beforehand."""
         assert batch.rollouts is not None
         objective, rollouts = self.config.objective, batch.rollouts
         scores = self.updater.score(rollouts, entropy=True) if objective.needs_student_scores else None
@@ -335,7 +368,11 @@ class StableOPDTrainer:
         if scores is None:
             return signals, {}
         gap = (scores.logprobs - rollouts.sampling_logprobs).abs()
-        return signals, {"sampling/logprob_gap": self._token_mean(gap, rollouts.completion_mask)}
+        figures = {"sampling/logprob_gap": self._token_mean(gap, rollouts.completion_mask)}
+        if objective.correction.kind != "none":
+            outside = corrected_tokens(scores.logprobs, rollouts.sampling_logprobs, objective.correction)
+            figures["sampling/corrected_fraction"] = self._token_mean(outside, rollouts.completion_mask)
+        return signals, figures
 
     def _hindsight(self, batch: StepBatch) -> dict[str, float]:
         """What is known of a step's rollouts after its update; some of them are written to the run folder."""
@@ -373,6 +410,22 @@ class StableOPDTrainer:
         self.state.controller = self.controller.state_dict()
         metrics["num_tokens"] = float(self.state.num_tokens)
 
+    def _end_without_updates(self, step: int, metrics: dict[str, float]) -> None:
+        """Raises: TrainingError when no update could be made for `MAX_STEPS_WITHOUT_UPDATE` steps in a row."""
+        if "skipped_updates" not in metrics:  # a rollback or a stop took the update's place
+            return
+        idle = self.state.steps_without_update + 1 if metrics["skipped_updates"] == 1.0 else 0
+        self.state.steps_without_update = idle
+        if idle < MAX_STEPS_WITHOUT_UPDATE:
+            return
+        empty = metrics["skipped_updates/no_tokens"] > 0
+        cause = NO_TOKENS if empty else NOT_FINITE
+        raise TrainingError(
+            f"stopped at step {step}: no update could be made in the last {idle} steps, since "
+            f"{'no token counted in any loss' if empty else 'loss or gradient were not finite'}. {cause.advice} "
+            f"The student is as it was after step {step - idle}, and its checkpoints are kept"
+        )
+
     # ------------------------------------------------------------------ run folder
 
     def _open_run_folder(self, resume: bool) -> None:
@@ -403,12 +456,21 @@ class StableOPDTrainer:
                 "same: the reference and the order of prompts would change in the middle of the run. Put the old one "
                 "back, or choose another output_dir"
             )
+        self._tell_of_a_lost_log(path, found[-1].name)
         self.state = load_checkpoint(found[-1], student=self.student, optimizer=self.updater.optimizer)
         self.state.stopped = False
         self.monitor.load_state_dict(self.state.monitor)
         self.controller.load_state_dict(self.state.controller)
         self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
         return self.state.step
+
+    def _tell_of_a_lost_log(self, path: Path, checkpoint: str) -> None:
+        if not (path / "metrics.jsonl").exists():
+            self._each_callback(
+                "on_note",
+                f"{path / 'metrics.jsonl'} is gone: the run goes on from {checkpoint}, but its log until "
+                "then is lost, and the report begins after it. With a copy: stop, put it back, and resume again",
+            )
 
     def _close_run_folder(self) -> None:
         for sink in self._sinks:

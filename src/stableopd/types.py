@@ -160,6 +160,8 @@ class TrainState:
     best_step: int | None = None
     monitor: dict[str, Any] = field(default_factory=dict)
     controller: dict[str, Any] = field(default_factory=dict)
+    steps_without_update: int = 0
+    """Steps in a row, up to now, none of whose updates could be made."""
     stopped: bool = False
     """The controller has ended the run."""
     begun_with: dict[str, str] = field(default_factory=dict)

@@ -281,6 +281,22 @@ def test_version_is_told(invoke):
     assert invoke("--version").stdout.startswith("stableopd 0.")
 
 
+def test_an_interrupt_while_things_are_loaded_is_told_too(config, invoke, tmp_path, monkeypatch):
+    (tmp_path / "interrupted_judge.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    done = invoke("train", config(), "evaluation.judge=interrupted_judge:judge")
+    assert done.returncode == 130
+    assert done.stderr == "stopped\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_attention_that_there_is_not_is_blamed_on_its_setting(config, invoke):
+    done = invoke("train", config(), "student.attn_implementation=bogus")
+    assert done.returncode == 2
+    assert "student.attn_implementation is 'bogus'" in done.stderr
+    assert "model_name_or_path must be" not in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_how_to_go_on(config, tmp_path, number):

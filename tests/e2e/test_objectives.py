@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -14,9 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stableopd import StableOPDConfig, StableOPDTrainer
-from stableopd.errors import DataError
+from stableopd.errors import DataError, TrainingError
 from stableopd.heads import LinearHead
+from stableopd.protocols import Callback
 from stableopd.toy.models import build_model
+from stableopd.types import Alert
 
 OBJECTIVES = {
     "clipped": {},
@@ -131,7 +134,8 @@ def test_when_every_rollout_is_cut_off_and_dropped_the_figures_are_still_those_o
         )  # fmt: skip
         rows[weight] = metrics[0]
     assert rows[0.0]["completions/clipped_ratio"] == 1.0
-    assert rows[0.0]["skipped_updates"] == (method == "opd")
+    assert rows[0.0]["skipped_updates"] == rows[0.0]["skipped_updates/no_tokens"] == (method == "opd")
+    assert rows[1.0]["skipped_updates/no_tokens"] == 0
     for key in ("teacher/reverse_kl", "health/advantage_other"):
         assert rows[0.0][key] == pytest.approx(rows[1.0][key], rel=1e-4), key
     assert ("loss/gold" in rows[0.0]) == (method == "stableopd")
@@ -158,6 +162,7 @@ def test_all_of_the_finer_settings_together_train(run, rewards):
         assert all(math.isfinite(row[key]) for key in ("loss/distill", "loss/gold", "loss/reference", "reward"))
         assert "loss/reward" not in row, "it is part of the advantage"
         assert row["sampling/logprob_gap"] < 1e-4
+        assert row["sampling/corrected_fraction"] == 0
 
 
 def test_special_tokens_that_are_masked_are_not_the_ones_that_end_an_answer(run, tokenizer):
@@ -185,6 +190,14 @@ def test_grpo_learns_what_a_users_function_rewards(run, rewards):
     assert all(row["reward"] == row["completion"].count("7") / len(row["completion"]) for row in map(json.loads, lines))
 
 
+def test_a_correction_that_leaves_out_nearly_everything_is_seen(run):
+    """No ratio of two computations is exactly 1."""
+    _, metrics = run(method="opd", objective={"correction": {"kind": "mask", "cap": 1.0, "floor": 1.0}})
+    assert all(row["sampling/corrected_fraction"] > 0.3 for row in metrics)
+    _, metrics = run(method="opd", max_steps=1)
+    assert "sampling/corrected_fraction" not in metrics[0]
+
+
 def test_a_reward_beside_the_distillation_is_a_term_of_its_own(run, rewards):
     _, metrics = run(method="opd", objective={"reward": {"coef": 0.5, "function": rewards}})
     for row in metrics:
@@ -207,12 +220,48 @@ def test_data_without_answers_is_refused_before_anything_is_written_when_a_rewar
     assert StableOPDTrainer(args=StableOPDConfig(**without)).train().step == 1, "answers are for rewards alone"
 
 
-def test_a_function_that_always_fails_trains_nothing_and_is_counted(run, tmp_path, monkeypatch):
-    (tmp_path / "broken_rewards.py").write_text("def broken(completion, answer):\n    raise ValueError\n")
+@pytest.fixture
+def failing(tmp_path, monkeypatch) -> str:
+    """Name of a reward function that is right for so many calls and then always raises."""
+    (tmp_path / "failing_rewards.py").write_text(
+        "calls = []\n"
+        "def failing(completion, answer):\n"
+        "    calls.append(completion)\n"
+        "    if len(calls) > GOOD:\n"
+        "        raise KeyError('score')\n"
+        "    return float(len(calls) % 2)\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
-    _, metrics = run(method="grpo", max_steps=1, objective={"reward": {"function": "broken_rewards:broken"}})
-    assert metrics[0]["reward/failures"] == 12
-    assert metrics[0]["grad_norm"] == 0
+    monkeypatch.delitem(sys.modules, "failing_rewards", raising=False)
+    return "failing_rewards:failing"
+
+
+def test_a_function_that_fails_from_the_start_ends_the_run_with_its_own_words(run, failing):
+    importlib.import_module("failing_rewards").GOOD = 0
+    with pytest.raises(TrainingError, match=r"failing_rewards:failing' failed on all 12 .* KeyError: 'score'"):
+        run(method="grpo", objective={"reward": {"function": failing}})
+
+
+def test_a_function_that_fails_later_is_noted_once_and_raises_an_alarm(run_settings, tmp_path, failing):
+    importlib.import_module("failing_rewards").GOOD = 10
+
+    class Notes(Callback):
+        said: list[str] = []  # noqa: RUF012
+        alerts: list[Alert] = []  # noqa: RUF012
+
+        def on_note(self, trainer, text):
+            self.said.append(text)
+
+        def on_step_end(self, trainer, metrics, alerts):
+            self.alerts.extend(alerts)
+
+    settings = run_settings(method="grpo", max_steps=3, objective={"reward": {"function": failing}})
+    StableOPDTrainer(args=StableOPDConfig(**settings), callbacks=[Notes()]).train()
+    (note,) = Notes.said
+    assert "failed on 2 of 12 completions of step 1" in note
+    assert "KeyError: 'score'" in note
+    found = [(alert.step, alert.severity) for alert in Notes.alerts if alert.rule == "reward_failures"]
+    assert found == [(2, "critical")]
 
 
 # ---------------------------------------------------------------- adapters

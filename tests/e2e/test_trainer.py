@@ -22,7 +22,8 @@ from transformers import (
 
 from stableopd import StableOPDConfig, StableOPDTrainer
 from stableopd.checkpoint import checkpoints_in
-from stableopd.errors import ConfigError, DataError, ModelError
+from stableopd.errors import ConfigError, DataError, ModelError, TrainingError
+from stableopd.health import judge_run
 from stableopd.protocols import Callback
 
 CHAT_TEMPLATE = (
@@ -132,6 +133,46 @@ def test_a_student_learns_gold_by_heart_under_stableopd(tmp_path, chat_tokenizer
     trainer.train()
     rows = metrics_of(tmp_path)
     assert rows[-1]["loss/gold"] < 0.3 * rows[0]["loss/gold"]
+
+
+def broken_teacher(checkpoints):
+    """The teacher with one NaN in its weights, as a file that was half written has."""
+    teacher = AutoModelForCausalLM.from_pretrained(checkpoints / "teacher")
+    with torch.no_grad():
+        next(teacher.parameters())[0, 0] = torch.nan
+        next(p for name, p in teacher.named_parameters() if name.endswith("norm.weight"))[0] = torch.nan
+    return teacher
+
+
+def test_a_run_that_makes_no_update_says_so_at_once_and_ends(run_settings, checkpoints, tmp_path):
+    settings = run_settings(method="opd", max_steps=20, evaluation={"path": None}, checkpoint={"every_steps": 3})
+    trainer = StableOPDTrainer(teacher_model=broken_teacher(checkpoints), args=StableOPDConfig(**settings))
+    with pytest.raises(TrainingError, match=r"step 10: no update .* last 10 steps.*weights of student or teacher"):
+        trainer.train()
+    rows = metrics_of(tmp_path)
+    assert [row["skipped_updates"] for row in rows] == [1.0] * 10
+    said = [json.loads(line) for line in (tmp_path / "run" / "alerts.jsonl").read_text().splitlines()]
+    said = [(alert["step"], alert["severity"]) for alert in said if alert["rule"] == "skipped_updates"]
+    assert said == [(1, "warning"), (2, "critical")]
+    assert judge_run(rows).status == "warning"
+    assert [path.name for path in checkpoints_in(tmp_path / "run" / "checkpoints")] == ["step-000006", "step-000009"]
+    with pytest.raises(TrainingError, match="last 10 steps"):  # the count goes on where the checkpoint left it
+        StableOPDTrainer(teacher_model=broken_teacher(checkpoints), args=StableOPDConfig(**settings)).train(
+            resume_from_checkpoint=True
+        )
+    assert len(metrics_of(tmp_path)) == 10
+
+
+def test_a_run_none_of_whose_tokens_count_says_which_setting_leaves_them_out(run_settings, tmp_path):
+    settings = run_settings(
+        method="opd", max_steps=20, evaluation={"path": None}, rollout={"max_completion_length": 1},
+        objective={"distill": {"tokens": {"truncated_weight": 0.0}}},
+    )  # fmt: skip
+    trainer = StableOPDTrainer(args=StableOPDConfig(**settings))
+    trainer.engine.end_token_ids = frozenset()
+    with pytest.raises(TrainingError, match=r"no token counted in any loss.*truncated_weight"):
+        trainer.train()
+    assert metrics_of(tmp_path)[-1]["skipped_updates/no_tokens"] == 1.0
 
 
 def test_text_prompts_from_parquet_files_and_a_gold_pool(tmp_path, checkpoints, dataset):

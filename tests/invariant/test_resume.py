@@ -139,6 +139,37 @@ def test_a_run_does_not_go_on_under_another_configuration(run_settings, tmp_path
         train(run_settings(max_steps=1, rollout={"temperature": 0.5}), tmp_path / "run", resume=True)
 
 
+def test_a_finished_run_can_still_be_told_to_merge_its_adapters(run_settings, tmp_path):
+    lora = {"r": 2}
+    train(run_settings(max_steps=2, student={"lora": lora}), tmp_path / "run")
+    assert not (tmp_path / "run" / "merged").exists()
+    before = records(tmp_path / "run" / "metrics.jsonl")
+    train(run_settings(max_steps=2, student={"lora": {**lora, "merge": True}}), tmp_path / "run", resume=True)
+    assert records(tmp_path / "run" / "metrics.jsonl") == before
+    merged = load_file(tmp_path / "run" / "merged" / "model.safetensors")
+    assert not any("lora" in name for name in merged)
+    with pytest.raises(ConfigError, match=r"student.lora.r: 2 -> 3"):
+        train(run_settings(max_steps=2, student={"lora": {"r": 3, "merge": True}}), tmp_path / "run", resume=True)
+
+
+def test_a_run_whose_log_is_gone_goes_on_and_says_so(run_settings, tmp_path):
+    class Notes(Callback):
+        said: list[str] = []  # noqa: RUF012
+
+        def on_note(self, trainer, text):
+            self.said.append(text)
+
+    settings = {**run_settings(max_steps=4), "output_dir": str(tmp_path / "run")}
+    train(settings, tmp_path / "run", stop_after=3)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    StableOPDTrainer(args=StableOPDConfig(**settings), callbacks=[Notes()]).train(resume_from_checkpoint=True)
+    (note,) = Notes.said
+    assert "metrics.jsonl is gone: the run goes on from step-000002" in note
+    assert [row["step"] for row in records(tmp_path / "run" / "metrics.jsonl")] == [3, 4]
+    StableOPDTrainer(args=StableOPDConfig(**settings), callbacks=[Notes()]).train(resume_from_checkpoint=True)
+    assert len(Notes.said) == 1
+
+
 def tree(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

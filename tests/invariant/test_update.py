@@ -266,14 +266,16 @@ def test_an_update_with_an_infinite_gradient_is_skipped_and_said(tokenizer, rows
         ObjectiveConfig(gold={"coef": 1.0}), Accelerator(cpu=True), temperature=1.0, max_grad_norm=1.0,
         token_budget=1000,
     )  # fmt: skip
-    assert updater.update(poisoned, 1.0)["skipped_updates"] == 1.0
+    figures = updater.update(poisoned, 1.0)
+    assert (figures["skipped_updates"], figures["skipped_updates/no_tokens"]) == (1.0, 0.0)
     assert all(torch.equal(before[name], p) for name, p in student.named_parameters())
 
 
 def test_an_update_in_which_nothing_counts_is_skipped(tokenizer, rows):
     nothing = replace(rows, **{name: torch.zeros_like(getattr(rows, name)) for name in WEIGHTS})
-    assert update(tokenizer, nothing) == ({"skipped_updates": 1.0}, {})
-    assert update(tokenizer, rows.select([])) == ({"skipped_updates": 1.0}, {})
+    skipped = {"skipped_updates": 1.0, "skipped_updates/no_tokens": 1.0}
+    assert update(tokenizer, nothing) == (skipped, {})
+    assert update(tokenizer, rows.select([])) == (skipped, {})
 
 
 def test_large_vocabularies_are_taken_in_chunks_with_the_same_result(tokenizer, rows, monkeypatch):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stableopd.advantages import RolloutSignals, rollout_signals
+from stableopd.advantages import RolloutSignals, corrected_tokens, rollout_signals
 from stableopd.config import ObjectiveConfig
 from stableopd.scoring import Scores
 from stableopd.types import RolloutBatch, TokenScores
@@ -192,6 +192,15 @@ def test_the_old_policy_is_the_engines_or_where_that_is_corrected_the_students_o
     step = Step(1, [3, 5])
     signals = step.signals(ObjectiveConfig(correction={"kind": kind}))
     assert torch.equal(signals.old_logprobs, step.engine if kind == "none" else step.student)
+
+
+@given(step=STEPS, kind=st.sampled_from(["none", "truncate", "mask"]))
+def test_corrected_tokens_are_those_whose_ratio_is_outside_the_range(step, kind):
+    objective = ObjectiveConfig(correction={"kind": kind, "cap": 1.05, "floor": 0.9})
+    found = corrected_tokens(step.student, step.engine, objective.correction)
+    ratio = (step.student - step.engine).exp()
+    low, high = {"none": (0.0, math.inf), "truncate": (0.0, 1.05), "mask": (0.9, 1.05)}[kind]
+    assert torch.equal(found, (ratio < low) | (ratio > high))
 
 
 def test_a_correction_of_nothing_changes_nothing():

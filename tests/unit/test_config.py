@@ -116,7 +116,38 @@ def test_overrides_are_laid_over_the_file(write):
 def test_a_bad_override_is_not_blamed_on_a_line_of_the_file(write):
     with pytest.raises(ConfigError) as caught:
         load_config(write("max_steps: 5"), ["max_steps=0"])
-    assert "line" not in str(caught.value)
+    assert "run.yaml" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("objective.distill.topk=0", "objective.distill.topk=0 (command line): input should be greater"),
+        ("learning_rate=fast", "learning_rate=fast (command line): input should be a valid number"),
+        ("rollout.num_promts=2", "rollout.num_promts=2 (command line): unknown key 'rollout.num_promts'"),
+        ("student.lora=yes please", "student.lora=yes please (command line): is a section"),
+        ("objective.distill={topk: 0}", "objective.distill={topk: 0} (command line): input should be greater"),
+        (
+            "objective.distill.support=union",
+            "run.yaml, line 2 with objective.distill.support=union (command line): objective.distill: support is",
+        ),
+    ],
+)  # fmt: skip
+def test_a_bad_override_is_told_as_it_was_typed(write, override, expected):
+    path = write("seed: 1\nobjective: {distill: {coef: 1.0}}")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["max_steps=9", override])
+    assert expected in str(caught.value)
+    assert ("run.yaml" in str(caught.value)) == ("run.yaml" in expected)
+
+
+def test_a_section_given_as_a_value_and_a_number_that_is_none_are_told_in_plain_words(write):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write("student: {lora: true}\nobjective: {distill: {beta: .nan, coef: .nan}}"))
+    section, beta, coef = str(caught.value).splitlines()
+    assert section.endswith("student.lora: is a section: give its settings one by one, as a mapping (got True)")
+    for line in (beta, coef):
+        assert line.endswith("input should be a finite number (got nan)")
 
 
 @pytest.mark.parametrize("override", ["seed", "=3", "seed.x=3", "sead=3", "seed=[1"])

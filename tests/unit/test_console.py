@@ -66,5 +66,12 @@ def test_an_evaluation_that_says_nothing_is_noted_once():
     assert "'answer'" in out.getvalue()
 
 
+def test_a_note_is_shown_as_it_stands_and_once():
+    console, trainer, out = reporter()
+    for _ in range(2):
+        console.on_note(trainer, "the function said [bold]KeyError[/]")
+    assert out.getvalue() == "note the function said [bold]KeyError[/]\n"
+
+
 def test_a_sparkline_spans_its_range_and_clips_what_is_outside():
     assert sparkline([0.0, 0.5, 1.0, 2.0, -1.0], low=0.0, high=1.0) == "▁▅██▁"

@@ -351,6 +351,72 @@ def test_different_vocabularies_and_a_temperature_of_zero_are_refused():
         fused_loss(Projected(states=case.states, head=case.head), case.ids, (), temperature=0.0)
 
 
+def term(form=DivergenceTerm, /, **changes):
+    known = {"name": "x", "weight": torch.ones(N), "other": "teacher", "divergence": "reverse_kl"}
+    return form(**{**known, **changes})
+
+
+BAD_TERMS = {
+    "divergence": (term(divergence="foo"), r"divergence is 'foo'.*reverse_kl, forward_kl, jsd, mixed_kl"),
+    "beta": (term(divergence="jsd", beta=2.0), r"beta is 2.0.*\[0, 1\]"),
+    "beta that is no number": (term(divergence="jsd", beta=float("nan")), "beta is nan"),
+    "forward_weight": (term(divergence="mixed_kl", forward_weight=5.0), "forward_weight is 5.0"),
+    "a short weight": (term(weight=torch.ones(N - 1)), r"weight is \(10,\) and must be \(11,\)"),
+    "a weight for all": (term(weight=torch.tensor(1.0)), r"weight is \(\)"),
+    "a column of weights": (term(weight=torch.ones(N, 1)), r"weight is \(11, 1\)"),
+    "ids alone": (term(SupportTerm, ids=torch.zeros(N, 3, dtype=torch.long)), "ids and logprobs belong together"),
+    "logprobs alone": (term(SupportTerm, logprobs=torch.zeros(N, 3), k=2), "ids and logprobs belong together"),
+    "ids of another number of tokens": (
+        term(SupportTerm, ids=torch.zeros(N - 1, 3, dtype=torch.long), logprobs=torch.zeros(N - 1, 3)),
+        r"ids is \(10, 3\) and must be \(11, 3\)",
+    ),
+    "more ids than logprobs": (
+        term(SupportTerm, ids=torch.zeros(N, 3, dtype=torch.long), logprobs=torch.zeros(N, 2)),
+        r"logprobs is \(11, 2\) and must be \(11, 3\)",
+    ),
+    "an id outside": (
+        term(SupportTerm, ids=torch.full((N, 1), V), logprobs=torch.zeros(N, 1)),
+        "ids go from 13 to 13, but the head has the ids 0 to 12",
+    ),
+    "tail": (term(SupportTerm, k=2, tail="foo"), "tail is 'foo'.*renormalise, bucket"),
+    "kind": (term(SupportTerm, k=2, kind="foo"), "kind is 'foo'.*union"),
+    "k": (term(SupportTerm), "k is 0; a support needs at least one candidate"),
+    "a short weight of a sampled token's": (
+        SampledTerm(name="x", weight=torch.ones(N + 1), loss=lambda x, at, _: x), r"weight is \(12,\)"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD_TERMS.values(), ids=BAD_TERMS)
+def test_a_term_that_makes_no_sense_is_refused_by_name(bad, message):
+    case = Case()
+    with pytest.raises(ValueError, match=f"term x: {message}"):
+        fused_loss(Projected(states=case.states, head=case.head), case.ids, [bad], others=case.others)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_ids": torch.zeros(N + 1, dtype=torch.long)}, r"token_ids is \(12,\) and must be \(11,\)"),
+        ({"token_ids": torch.zeros(N, 1, dtype=torch.long)}, r"token_ids is \(11, 1\)"),
+        ({"token_ids": torch.zeros(N, dtype=torch.int32)}, r"int32.*\.long\(\)"),
+        ({"token_ids": torch.full((N,), V)}, "from 13 to 13, but the head has the ids 0 to 12"),
+        ({"token_ids": torch.full((N,), -100)}, "from -100 to -100.*leave padding out"),
+        ({"others": {"teacher": Projected(states=randn(1, 1, 9), head=head(4, 9))}}, r"teacher: states is \(1, 9\)"),
+        ({"others": {"teacher": Projected(states=randn(1, N, 8), head=head(4, 9))}}, r"must be \(11, 9\)"),
+        ({"chunk_rows": 0}, "chunk_rows 0"),
+        ({"chunk_rows": -1}, "chunk_rows -1"),
+        ({"topk": -1}, "topk is -1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)  # fmt: skip
+def test_arrays_that_do_not_fit_are_refused_and_not_cut_or_repeated(changes, message):
+    case = Case()
+    arguments = {"token_ids": case.ids, "terms": (), "others": case.others, **changes}
+    with pytest.raises(ValueError, match=message):
+        fused_loss(Projected(states=case.states, head=case.head), **arguments)
+
+
 def test_buffers_go_when_a_pass_ends_without_waiting_for_the_garbage_collector():
     case = Case()
     gc.collect()

@@ -59,6 +59,12 @@ def test_clipped_policy_loss_is_the_published_formula(new, old, advantage, low, 
     assert losses.clipped_policy_loss(*arguments, low, high).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize(("low", "high"), [(-0.1, 0.2), (0.2, -0.1), (math.nan, 0.2), (0.2, math.nan)])
+def test_a_clip_that_does_not_hold_the_unchanged_policy_is_refused(low, high):
+    with pytest.raises(ValueError, match="must hold 1, so give numbers from 0 on"):
+        losses.clipped_policy_loss(*column(-1.0, -1.0, 1.0), low, high)
+
+
 def test_policy_gradient_on_policy_is_minus_advantage_times_score():
     new = torch.full((1, 3), -1.0, requires_grad=True)
     advantages = torch.tensor([[0.5, -2.0, 0.0]])

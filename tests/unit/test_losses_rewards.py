@@ -45,6 +45,14 @@ def test_the_names_and_the_order_of_groups_mean_nothing():
     torch.testing.assert_close(found.abs(), torch.ones(6), rtol=1e-4, atol=0)
 
 
+def test_groups_may_be_a_tensor():
+    rewards, groups = torch.tensor([1.0, 0.0, 4.0, 2.0]), [3, 0, 3, 0]
+    expected = losses.group_advantages(rewards, groups)
+    assert torch.equal(losses.group_advantages(rewards, torch.tensor(groups)), expected)
+    with pytest.raises(ValueError, match=r"groups are \(4, 1\)"):
+        losses.group_advantages(rewards, torch.tensor(groups)[:, None])
+
+
 def test_scaled_groups_count_alike_and_unscaled_ones_by_their_spread():
     rewards, groups = torch.tensor([0.0, 0.1, 0.0, 10.0]), [0, 0, 1, 1]
     torch.testing.assert_close(losses.group_advantages(rewards, groups, "none"), torch.tensor([-0.05, 0.05, -5.0, 5.0]))
@@ -59,7 +67,7 @@ def test_whole_numbers_as_rewards_give_float32_and_no_completions_give_none():
 
 
 def test_rewards_that_do_not_fit_their_groups_are_refused():
-    with pytest.raises(ValueError, match="2 groups"):
+    with pytest.raises(ValueError, match=r"groups are \(2,\)"):
         losses.group_advantages(torch.zeros(3), [0, 0])
     with pytest.raises(ValueError, match="one of each"):
         losses.group_advantages(torch.zeros(2, 1), [0, 0])

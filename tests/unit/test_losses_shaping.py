@@ -28,6 +28,17 @@ def test_a_limit_that_is_not_positive_is_refused(limit):
         losses.clamp_advantages(torch.zeros(1, 1), limit)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_a_mask_of_zeros_and_ones_is_taken_as_it_is_meant(dtype):
+    values, mask = torch.randn(2, 5), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    for shape in (
+        lambda m: losses.discounted_advantages(values, m, 0.5),
+        lambda m: losses.prefix_weights(values, m, 0.5),
+        lambda m: losses.high_entropy_mask(values, m, 0.5),
+    ):
+        assert torch.equal(shape(mask.to(dtype)), shape(mask.bool()))
+
+
 @given(value=st.floats(-1e6, 1e6))
 @settings(max_examples=100, deadline=None)
 def test_compressed_advantages_are_the_published_formula(value):

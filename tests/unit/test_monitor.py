@@ -148,6 +148,43 @@ class TestAdvice:
         assert "-0.030 against -0.160" in feed(instant(), [row()] * 5 + [bad])[0].message
 
 
+class TestSkippedUpdates:
+    def test_the_first_one_warns_and_so_many_in_a_row_are_critical(self) -> None:
+        rows = [{"skipped_updates": share, "loss/distill": 0.1} for share in (0.0, 0.5, 1.0, 1.0)]
+        alerts = feed(HealthMonitor(MonitorSettings(patience=3)), rows)
+        assert said(alerts) == [("skipped_updates", "warning"), ("skipped_updates", "critical")]
+        assert [alert.step for alert in alerts] == [2, 4]
+        assert {alert.cause for alert in alerts} == {"not_finite"}
+
+    def test_it_names_the_loss_that_is_no_number(self) -> None:
+        row = {"skipped_updates": 1.0, "loss/distill": float("nan"), "loss/gold": 0.5, "skipped_updates/no_tokens": 0.0}
+        (alert,) = feed(HealthMonitor(), [row])
+        assert "loss/distill" in alert.message
+        assert "loss/gold" not in alert.message
+        assert "weights of student or teacher" in alert.message
+
+    def test_updates_without_a_token_have_another_cause(self) -> None:
+        (alert,) = feed(HealthMonitor(), [{"skipped_updates": 1.0, "skipped_updates/no_tokens": 1.0}])
+        assert alert.cause == "no_tokens"
+        assert "truncated_weight" in alert.message
+        assert "finite" not in alert.message
+
+    def test_it_is_over_when_updates_are_made_again(self) -> None:
+        monitor = HealthMonitor()
+        feed(monitor, [{"skipped_updates": 1.0}])
+        assert [alarm.rule for alarm in monitor.alarms] == ["skipped_updates"]
+        feed(monitor, [{"skipped_updates": 0.0}], start=2)
+        assert monitor.alarms == ()
+
+
+class TestFailedRewards:
+    def test_a_few_are_no_alarm_half_of_a_step_warns_and_all_of_it_is_critical(self) -> None:
+        alerts = feed(HealthMonitor(), [{"reward/failed_fraction": share} for share in (0.0, 0.3, 0.6, 1.0)])
+        assert said(alerts) == [("reward_failures", "warning"), ("reward_failures", "critical")]
+        assert "100% of the step's completions" in alerts[-1].message
+        assert alerts[-1].cause == "reward_function"
+
+
 class TestHysteresis:
     def test_speaks_once_while_a_level_lasts(self) -> None:
         assert said(feed(instant(), [row()] * 5 + [row(0.2)] * 50)) == [("truncation", "warning")]

@@ -53,6 +53,15 @@ def test_a_support_needs_a_divergence_over_the_vocabulary(support):
     accept({"distill": {"support": support, "divergence": "reverse_kl"}})
 
 
+@pytest.mark.parametrize(("beta", "remedy"), [(0.0, "forward_kl"), (1.0, "reverse_kl")])
+def test_a_mixture_of_one_model_alone_is_refused_with_the_divergence_that_is_meant(beta, remedy):
+    message = refusal({"distill": {"divergence": "jsd", "beta": beta}})
+    assert f"objective.distill: beta is {beta:g}" in message
+    assert f"set divergence={remedy}" in message
+    accept({"distill": {"divergence": "jsd", "beta": abs(beta - 0.001)}})
+    accept({"distill": {"divergence": remedy, "beta": beta}})
+
+
 @pytest.mark.parametrize("support", ONE_SIDED)
 @pytest.mark.parametrize("divergence", VOCABULARY)
 def test_one_renormalised_candidate_is_refused_and_in_a_bucket_or_a_larger_set_it_is_not(support, divergence):

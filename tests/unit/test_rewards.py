@@ -22,7 +22,8 @@ def completions(*texts: str, answer: str | None = "42") -> list[Completion]:
 
 
 def scored(value: object) -> tuple[list[float], int]:
-    return score_completions(completions("a"), lambda text, answer: value)
+    rewards, failures = score_completions(completions("a"), lambda text, answer: value)
+    return rewards, len(failures)
 
 
 def test_a_function_sees_each_text_with_the_answer_of_its_prompt():
@@ -32,7 +33,7 @@ def test_a_function_sees_each_text_with_the_answer_of_its_prompt():
         lambda text, answer: seen.append((text, answer)) or len(seen),
     )
     assert seen == [("a", "42"), ("b", "42"), ("c", "7"), ("d", "")]
-    assert (rewards, failures) == ([1.0, 2.0, 3.0, 4.0], 0)
+    assert (rewards, failures) == ([1.0, 2.0, 3.0, 4.0], [])
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,37 @@ def test_a_function_that_raises_costs_that_completion_alone():
             raise RecursionError("a parser that met a model's text")
         return 1.0
 
-    assert score_completions(completions("a", "b", "c"), fragile) == ([1.0, 0.0, 1.0], 1)
+    told = ["RecursionError: a parser that met a model's text"]
+    assert score_completions(completions("a", "b", "c"), fragile) == ([1.0, 0.0, 1.0], told)
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, "1.0"], ids=repr)
+def test_what_is_no_finite_number_is_told_in_words(value):
+    _, (told,) = score_completions(completions("a"), lambda text, answer: value)
+    assert told == f"TypeError: a reward is a finite number, not {value!r}"
+
+
+def test_a_failure_that_quotes_a_model_is_one_short_line_without_control_characters():
+    def quoting(text: str, answer: str) -> float:
+        raise ValueError(text * 100)
+
+    _, (told,) = score_completions(completions("\x1b[2J\n\u202eab"), quoting)
+    assert told.startswith("ValueError: \\x1b[2J\\n\\u202eab")
+    assert told.isprintable()
+    assert len(told) == 300
+
+
+def test_an_error_that_cannot_even_be_shown_is_a_failure_like_any_other():
+    class UnspeakableError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    def broken(text: str, answer: str) -> float:
+        raise UnspeakableError
+
+    rewards, (told,) = score_completions(completions("a"), broken)
+    assert rewards == [0.0]
+    assert "UnspeakableError" in told
 
 
 def test_a_function_is_not_shielded_from_the_user_who_stops_the_run():
@@ -75,7 +106,7 @@ def test_a_function_is_not_shielded_from_the_user_who_stops_the_run():
 
 
 def test_a_judge_is_a_reward():
-    assert score_completions(completions(" 42\n", "41"), exact_match) == ([1.0, 0.0], 0)
+    assert score_completions(completions(" 42\n", "41"), exact_match) == ([1.0, 0.0], [])
 
 
 @given(rewards=st.lists(st.floats(-100, 100), min_size=1, max_size=20))
@@ -93,6 +124,7 @@ def test_rewards_of_right_and_wrong_are_also_told_as_a_share_and_failures_as_a_n
     figures = reward_figures([1.0, 0.0, 0.0, 1.0, 1.0], 2)
     assert figures["reward/right_fraction"] == figures["reward"] == pytest.approx(0.6)
     assert figures["reward/failures"] == 2.0
+    assert figures["reward/failed_fraction"] == pytest.approx(0.4)
     assert "reward/right_fraction" not in reward_figures([1.0, 0.5], 0)
 
 

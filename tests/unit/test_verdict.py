@@ -121,6 +121,23 @@ class TestWithoutEvaluation:
         assert "end tokens" in verdict.headline
 
 
+class TestUpdates:
+    @pytest.mark.parametrize("rest", [[], training([0.0] * 10), evals([0.4, 0.7], [0.1, 0.0])])
+    def test_a_run_that_was_hardly_updated_is_not_healthy(self, rest: Rows) -> None:
+        skipped = [{"step": step, "skipped_updates": float(step > 3)} for step in range(1, 11)]
+        verdict = judge_run(rest + skipped)
+        assert (verdict.status, verdict.step) == ("warning", 4)
+        assert "70% of the updates were not made" in verdict.headline
+
+    def test_a_few_skipped_updates_are_no_trouble(self) -> None:
+        skipped = [{"step": step, "skipped_updates": float(step == 3)} for step in range(1, 11)]
+        assert judge_run(training([0.0] * 10) + skipped).status == "healthy"
+
+    def test_a_collapse_is_still_a_collapse(self) -> None:
+        skipped = [{"step": step, "skipped_updates": 1.0} for step in range(1, 11)]
+        assert judge_run(evals([0.7, 0.2], [0.0, 1.0]) + skipped).status == "collapsed"
+
+
 class TestRobustness:
     @pytest.mark.parametrize("rows", [[], [{}], [{"step": 1, "loss": 0.1}], training([0.1] * 5), evals([0.5], [0.0])])
     def test_too_little_is_unknown(self, rows: Rows) -> None:

@@ -60,6 +60,26 @@ FORGETTING = Cause(
     "this need not be length inflation.",
     "What to do: evaluate on more prompts, lower optimizer.learning_rate, or raise objective.reference.coef.",
 )
+NOT_FINITE = Cause(
+    "not_finite",
+    "Likely cause: NaN or infinity in the weights of student or teacher, or a coefficient, learning rate or advantage "
+    "so large that the arithmetic overflows.",
+    "What to do: check the weights of both models (a broken or half-written file, float16 that overflowed), and lower "
+    "objective.*.coef and optimizer.learning_rate.",
+)
+NO_TOKENS = Cause(
+    "no_tokens",
+    "Likely cause: every token is left out of the loss: all rollouts are truncated and "
+    "objective.distill.tokens.truncated_weight is 0, the other settings there mask all of them, or "
+    "health.controller.drop_loops drops them.",
+    "What to do: raise objective.distill.tokens.truncated_weight or rollout.max_completion_length, or add the gold "
+    "term (objective.gold.coef), which counts whatever the rollouts are.",
+)
+REWARD_FUNCTION = Cause(
+    "reward_function",
+    "Likely cause: the reward function raises, or does not return a finite number; such a completion counts 0.",
+    "What to do: call it by hand on a completion and an answer of the run folder's rollouts/, and mend it.",
+)
 UNMEASURED = " Loops were not measured: give the monitor texts or token_ids to tell this from length inflation."
 
 STABILISABLE = frozenset(cause.name for cause in (INFLATION, UNLEARNS_STOPPING, DRIFT, EARLY_LOOPS, FORGETTING))

@@ -156,7 +156,7 @@ class _Latch:
             self.alarm = None
         if self.alarm:
             self.alarm.update(value=reading.value, cause=reading.cause.name, easing=reading.level == 0)
-        reached = max(level for level in (0, 1, 2) if level == 0 or self.streak[level] >= reading.patience)
+        reached = max(lvl for lvl in (0, 1, 2) if lvl == 0 or self.streak[lvl] >= reading.patience_of(lvl))
         muted = reached <= self.muted_level and step < self.muted_until
         if reached <= self.level or muted:
             return 0
@@ -168,8 +168,9 @@ class HealthMonitor:
     """Turns the rollouts of each step into a `HealthReport` with figures and alerts.
 
     Rules: `length_over_expected`, `length_growth`, `truncation`, `repetition`, `loops`, `stop_probe`,
-    `ending_probe`, `eval_accuracy`, `eval_truncation`. A rule raises an alert on entering the warning or critical
-    level, and again only on escalation, or after it has come back below its release level and cooled down.
+    `ending_probe`, `skipped_updates`, `reward_failures`, `eval_accuracy`, `eval_truncation`. A rule raises an alert on
+    entering the warning or critical level, and again only on escalation, or after it has come back below its release
+    level and cooled down.
     A signal that a step lacks leaves its rule as it was. Needs no torch and nothing of the trainer.
     """
 

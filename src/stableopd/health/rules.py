@@ -19,6 +19,9 @@ from stableopd.health.causes import (
     END_TOKEN,
     FORGETTING,
     INFLATION,
+    NO_TOKENS,
+    NOT_FINITE,
+    REWARD_FUNCTION,
     UNLEARNS_STOPPING,
     UNMEASURED,
     Cause,
@@ -35,6 +38,9 @@ REPETITION = "health/repetition_rate"
 LOOPS = "health/loop_token_fraction"
 STOP_PROBE = "health/stop_probe"
 ENDING_PROBE = "health/ending_probe"
+SKIPPED = "skipped_updates"
+SKIPPED_WITHOUT_TOKENS = "skipped_updates/no_tokens"
+FAILED_REWARDS = "reward/failed_fraction"
 TRACKED = (MEAN_LENGTH, TRUNCATION, ACCURACY, REPETITION, LOOPS, STOP_PROBE, ENDING_PROBE)
 
 NEVER = math.inf
@@ -56,6 +62,8 @@ class Reading:
     """What was seen and what it is compared to, ready to be followed by the threshold."""
     cause: Cause
     patience: int
+    patience_critical: int | None = None
+    """Steps in a row for the critical level, where that takes more than `patience`."""
     falling: bool = False
     """Low is bad instead of high."""
     excused: bool = False
@@ -67,6 +75,9 @@ class Reading:
         if self.excused:
             return 0
         return 2 if self._beyond(self.critical) else int(self._beyond(self.warning))
+
+    def patience_of(self, level: int) -> int:
+        return self.patience_critical if level == 2 and self.patience_critical else self.patience
 
     @property
     def calm(self) -> bool:
@@ -167,6 +178,8 @@ def read_all(metrics: Mapping[str, float], history: History) -> Iterator[tuple[s
         "loops": (LOOPS, _loops),
         "stop_probe": (STOP_PROBE, _stop_probe),
         "ending_probe": (ENDING_PROBE, _ending_probe),
+        "skipped_updates": (SKIPPED, _skipped_updates),
+        "reward_failures": (FAILED_REWARDS, _reward_failures),
     }
     for rule, (signal, read) in rules.items():
         if is_number(metrics.get(signal)):
@@ -310,6 +323,42 @@ def _ending_probe(metrics: Mapping[str, float], history: History) -> Reading | N
         f"{baseline:.3f} in the first {settings.baseline_steps} steps); what it lacks beyond "
         f"{settings.probe_slack:.0%} a step adds up to {history.sunk(ENDING_PROBE):.2f}",
         cause=UNLEARNS_STOPPING,
+        patience=1,
+    )
+
+
+def _skipped_updates(metrics: Mapping[str, float], history: History) -> Reading:
+    """Warns at once: an update that is not made is nothing that a window should smooth away."""
+    skipped, without_tokens = metrics[SKIPPED], metrics.get(SKIPPED_WITHOUT_TOKENS, 0.0)
+    empty = skipped > 0 and without_tokens >= skipped
+    why = "no token counted in them" if empty else "their gradient was not finite"
+    broken = [key for key, value in metrics.items() if key.startswith("loss/") and not is_number(value)]
+    if broken and not empty:
+        why += f", nor was {', '.join(broken)}"
+    return Reading(
+        signal=SKIPPED,
+        value=skipped,
+        warning=0.0,
+        critical=0.0,
+        release=0.0,
+        seen=f"{skipped:.0%} of the step's updates were not made, since {why}",
+        cause=NO_TOKENS if empty else NOT_FINITE,
+        patience=1,
+        patience_critical=max(2, history.settings.patience),
+    )
+
+
+def _reward_failures(metrics: Mapping[str, float], history: History) -> Reading:
+    """Warns when half of a step's completions could not be judged, critical when hardly any could."""
+    failed = metrics[FAILED_REWARDS]
+    return Reading(
+        signal=FAILED_REWARDS,
+        value=failed,
+        warning=0.5,
+        critical=0.99,
+        release=0.5,
+        seen=f"The reward function failed on {failed:.0%} of the step's completions",
+        cause=REWARD_FUNCTION,
         patience=1,
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stableopd.health.rules import LOOPS, NEVER_STOPS, REPETITION, TRUNCATION, is_number
+from stableopd.health.rules import LOOPS, NEVER_STOPS, REPETITION, SKIPPED, TRUNCATION, is_number
 
 Status = Literal["healthy", "warning", "collapsed", "unknown"]
 
@@ -15,6 +15,8 @@ ACCURACY_DROP = 0.15
 EVAL_TRUNCATION = 0.5
 TRUNCATION_RISE = 0.3
 REPEATED = 0.1
+MOSTLY_SKIPPED = 0.5
+"""Share of a run's updates that were not made, above which it cannot be called healthy."""
 SPAN = 5
 """Steps over which training signals are averaged; also the run's start, which they are compared with."""
 
@@ -71,7 +73,7 @@ def judge_run(rows: Iterable[Mapping[str, Any]]) -> Verdict:
     more than 0.3 above its start while repetition rate or loop fraction is above 0.1, as means of 5 steps.
     A run whose accuracy has come back by its end (whose training signals have, without evaluation) is a
     warning, and the headline says that it recovered. Training signals that collapse while held-out
-    accuracy keeps up are a warning.
+    accuracy keeps up are a warning. A run most of whose updates were skipped is a warning at best.
 
     Rows may come in any order, lack keys, or hold values that are not numbers; of two rows with the same
     step the later one's values hold.
@@ -83,7 +85,8 @@ def judge_run(rows: Iterable[Mapping[str, Any]]) -> Verdict:
     if training and training.status == "collapsed" and accuracy_kept:
         # Held-out accuracy has the last word on whether anything was lost.
         training = _Finding(status="warning", step=training.step, what=training.what, reason=training.reason)
-    findings = [*held_out, *([training] if training else [])]
+    updates = _judge_updates(by_step)
+    findings = [*held_out, *([training] if training else []), *([updates] if updates else [])]
     if not findings:
         return Verdict(
             status="unknown",
@@ -193,6 +196,19 @@ def _judge_training(by_step: dict[int, dict[str, float]]) -> _Finding | None:
         what = "hardly any rollout ever stopped by itself; check the end tokens of student and teacher"
         return _Finding(status="warning", step=rows[0][0], what=what, reason=reason)
     return _Finding(status="healthy", reason=reason)
+
+
+def _judge_updates(by_step: dict[int, dict[str, float]]) -> _Finding | None:
+    """Says something only of a run that was hardly trained at all."""
+    skipped = {step: row[SKIPPED] for step, row in by_step.items() if SKIPPED in row}
+    share = sum(skipped.values()) / len(skipped) if skipped else 0.0
+    if share <= MOSTLY_SKIPPED:
+        return None
+    what = f"{share:.0%} of the updates were not made, so the student is much as it was"
+    reason = f"Updates: {share:.0%} skipped ({SKIPPED})."
+    return _Finding(
+        status="warning", step=next(s for s, value in skipped.items() if value > 0), what=what, reason=reason
+    )
 
 
 def _lasting(flags: list[bool], steps: list[int], what: str, reason: str) -> _Finding:

@@ -44,10 +44,17 @@ def clipped_policy_loss(
         logprobs: [B, T] of the policy being trained, differentiable.
         old_logprobs: [B, T] of the policy that drew the tokens; treated as constant.
         advantages: [B, T]; treated as constant.
+        epsilon_low, epsilon_high: ≥ 0; a low one of 1 and a high one of infinity clip nothing.
 
     Returns: [B, T]. At r = 1 its gradient is −A ∇ log π.
+    Raises: ValueError when an epsilon is below 0 or no number.
     Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7; token advantage as in arXiv 2604.08527.
     """
+    if not (epsilon_low >= 0.0 and epsilon_high >= 0.0):
+        raise ValueError(
+            f"epsilon_low is {epsilon_low} and epsilon_high is {epsilon_high}; the ratio is clipped to "
+            "[1 - epsilon_low, 1 + epsilon_high], which must hold 1, so give numbers from 0 on"
+        )
     ratio = bounded_ratio(logprobs - old_logprobs.detach())
     clipped = ratio.clamp(1.0 - epsilon_low, 1.0 + epsilon_high)
     advantages = advantages.detach()

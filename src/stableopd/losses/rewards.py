@@ -16,7 +16,7 @@ _EPSILON = 1e-6
 """Added to a group's standard deviation. Rewards that differ by less than about this count as equal."""
 
 
-def group_advantages(rewards: Tensor, groups: Sequence[int], scale: RewardScale = "group") -> Tensor:
+def group_advantages(rewards: Tensor, groups: Sequence[int] | Tensor, scale: RewardScale = "group") -> Tensor:
     """Each completion's reward against the mean of its group, the completions of one prompt.
 
     Definition: A_i = r_i − mean(group); for scale = "group" divided by std(group) + 1e-6, the standard deviation with
@@ -24,7 +24,8 @@ def group_advantages(rewards: Tensor, groups: Sequence[int], scale: RewardScale 
 
     Args:
         rewards: [B], one per completion, finite.
-        groups: the group of each completion, B of them, in any order. All of a group must be here.
+        groups: the group of each completion, B of them (a sequence, or a tensor [B]), in any order. All of a group must
+            be here.
         scale: "group" makes every group count alike; "none" lets groups count by how far their rewards spread.
 
     Returns: [B], float32 (float64 for float64 rewards), detached. Exactly 0 in a group of one, or of equal rewards.
@@ -33,8 +34,10 @@ def group_advantages(rewards: Tensor, groups: Sequence[int], scale: RewardScale 
     Numerics: float64 inside, from each group's lowest reward on, so that equal rewards cancel exactly.
     """
     check_choice("scale", scale, RewardScale)
-    if rewards.shape != (len(groups),):
-        raise ValueError(f"rewards are {tuple(rewards.shape)} and there are {len(groups)} groups; one of each per row")
+    shape = tuple(groups.shape) if isinstance(groups, Tensor) else (len(groups),)
+    if len(shape) != 1 or rewards.shape != shape:
+        raise ValueError(f"rewards are {tuple(rewards.shape)} and groups are {shape}; one of each per row")
+    groups = groups.tolist() if isinstance(groups, Tensor) else groups  # elements of a tensor are equal to none
     names = {name: number for number, name in enumerate(dict.fromkeys(groups))}
     group = torch.tensor([names[name] for name in groups], dtype=torch.long, device=rewards.device)
     values = rewards.detach().double()

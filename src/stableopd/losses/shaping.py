@@ -45,14 +45,14 @@ def discounted_advantages(advantages: Tensor, mask: Tensor, gamma: float) -> Ten
 
     Args:
         advantages: [B, T]; masked entries are never read.
-        mask: [B, T] bool, the real tokens, without holes.
+        mask: [B, T] bool (or 0 and 1 in any dtype), the real tokens, without holes.
         gamma: in [0, 1]; 0 leaves the advantages as they are, 1 gives the sum to go.
 
     Returns: [B, T], detached, 0 where masked.
     Raises: ValueError when gamma is outside [0, 1].
     """
     check_share("gamma", gamma, "a discount")
-    advantages = advantages.detach()
+    advantages, mask = advantages.detach(), mask.bool()
     total = torch.where(mask, advantages, torch.zeros_like(advantages))
     reach, width = 1, advantages.shape[1]
     while reach < width and gamma > 0:  # sums over 1, 2, 4, ... tokens ahead
@@ -68,7 +68,7 @@ def prefix_weights(advantages: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
     Args:
         advantages: [B, T], finite; masked entries are never read.
-        mask: [B, T] bool.
+        mask: [B, T] bool, or 0 and 1 in any dtype.
         gamma: ≥ 0; 0 gives 1 everywhere.
 
     Returns: [B, T], detached, in [1, 1 + γ]; 0 where masked. Never increases along a row.
@@ -77,6 +77,7 @@ def prefix_weights(advantages: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """
     if not 0.0 <= gamma < math.inf:
         raise ValueError(f"gamma is {gamma}; it is the extra weight of a row's first token, a finite number from 0 on")
+    mask = mask.bool()
     size = torch.where(mask, advantages.detach().abs(), torch.zeros_like(advantages))
     so_far = torch.nn.functional.pad(size.cumsum(dim=1), (1, 0))
     total = so_far[:, -1:]
@@ -91,7 +92,7 @@ def high_entropy_mask(entropy: Tensor, mask: Tensor, fraction: float) -> Tensor:
 
     Args:
         entropy: [B, T] in nats; masked entries are never read.
-        mask: [B, T] bool.
+        mask: [B, T] bool, or 0 and 1 in any dtype.
         fraction: in (0, 1].
 
     Returns: [B, T] bool, True at exactly ⌈fraction · n⌉ of the n unmasked tokens (the product up to rounding). Of
@@ -101,6 +102,7 @@ def high_entropy_mask(entropy: Tensor, mask: Tensor, fraction: float) -> Tensor:
     """
     if not 0.0 < fraction <= 1.0:
         raise ValueError(f"fraction is {fraction}; it is the share of tokens that are kept and lies in (0, 1]")
+    mask = mask.bool()
     values = entropy.detach()[mask]
     number = values.numel()
     wanted = min(number, max(1, math.ceil(round(fraction * number, 6))))
