@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -119,6 +120,12 @@ def sparkline(values: Sequence[float], low: float, high: float) -> str:
     blocks = "▁▂▃▄▅▆▇█"
     scaled = [(value - low) / (high - low) * (len(blocks) - 1) for value in values]
     return "".join(blocks[min(max(round(level), 0), len(blocks) - 1)] for level in scaled)
+
+
+def printable(text: str) -> str:
+    """One line of text that cannot steer a terminal: control, invisible and unassigned characters become U+FFFD."""
+    joined = " ".join(text.split())
+    return "".join("\ufffd" if unicodedata.category(character).startswith("C") else character for character in joined)
 
 
 def quiet_libraries() -> None:

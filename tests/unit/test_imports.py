@@ -13,7 +13,8 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "stableopd"
 
 LAYERS = (
     {"errors", "types"},
-    {"tokens", "reading", "vocabulary", "health.loops", "health.signals", "objective", "distributed"}
+    {"sparklines", "tailing", "notify"}
+    | {"tokens", "reading", "vocabulary", "health.loops", "health.signals", "objective", "distributed"}
     | {"losses", "losses._numerics", "losses.divergences", "losses.supports", "losses.policy", "losses.shaping"}
     | {"losses.rewards", "losses.reduction"},
     {"attention"},
@@ -37,6 +38,7 @@ LAYERS = (
     {"rows"},
     {"terms"},
     {"metrics", "recorder", "checkpoint", "step", "evaluate", "preparation", "console", "rewards", "observation"}
+    | {"watched", "frames", "watch"}
     | {"plots", "report", "report.charts", "report.samples", "report.settings", "report.text"},
     {"assembly"},
     {"trainer"},
@@ -53,6 +55,8 @@ WITHOUT_TORCH = (
     "report",
     "runfolder",
     "plots",
+    "notify",
+    "watch",
 )
 
 
