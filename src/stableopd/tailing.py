@@ -43,8 +43,13 @@ class FileTail:
         self.max_line_bytes = max_line_bytes
         self.modified_at: float | None = None
         """Of the file when it was last read, seconds since the epoch; None where there is no file."""
+        self.skipped_lines = 0
+        """Lines left out for their length, since the file began."""
         self._identity: tuple[int, int] | None = None
-        self._forget()
+        self._offset = 0
+        self._mark = b""
+        self._partial = b""
+        self._skipping = False
 
     def read(self) -> Appended:
         """The lines completed since the last call.
@@ -75,11 +80,8 @@ class FileTail:
 
     def _forget(self) -> None:
         self._offset = 0
-        self._mark: bytes = b""
-        self._partial: bytes = b""
-        self._skipping = False
-        self.skipped_lines = 0
-        """Lines left out for their length, since the file began."""
+        self._mark, self._partial = b"", b""
+        self._skipping, self.skipped_lines = False, 0
 
     def _is_where_it_was(self, file: BinaryIO) -> bool:
         file.seek(self._offset - len(self._mark))
