@@ -182,6 +182,30 @@ def diagnose(
     raise typer.Exit(exit_code(found))
 
 
+@app.command(
+    epilog="Example: [bold]stableopd watch runs/first[/]; for a script: [bold]stableopd watch runs/first --once[/]"
+)
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or a growing file of rollouts (JSON Lines).")],
+    once: Annotated[
+        bool,
+        typer.Option(
+            "--once", help="Print one frame; exit with 0 if healthy, 1 if not, 2 if there is nothing to show."
+        ),
+    ] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+) -> None:
+    """Follow a run in the terminal: verdict, curves, alerts and actions. Ctrl-C ends it; the run goes on."""
+    from stableopd.watch import follow, show_once
+
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without block characters shows question marks
+    console = Console(highlight=False)
+    if once:
+        sys.exit(show_once(run, console))
+    follow(run, console, interval_s=interval)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from stableopd import __version__

@@ -13,11 +13,12 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
 
 from stableopd.errors import ConfigError
 from stableopd.health.controller import Actions, ControllerSettings
 from stableopd.health.monitor import MonitorSettings
+from stableopd.notify import TIMEOUT_S, Notifier, url_problem
 from stableopd.objective import (
     DistillConfig,
     Fraction,
@@ -31,6 +32,7 @@ from stableopd.objective import (
     RewardConfig,
     Section,
 )
+from stableopd.types import Severity
 
 __all__ = [
     "DistillConfig",
@@ -85,6 +87,10 @@ HINTS: Mapping[str, str] = {
     "use_vllm": "the rollout engine is rollout.engine",
     "trust_remote_code": "code from a model repository is never run",
 }
+
+
+_HOLD_SECRETS = {"health", "health.notify", "health.notify.url"}
+"""Their values are never shown, not even in a complaint about them."""
 
 
 class ModelConfig(Section):
@@ -180,6 +186,40 @@ class ControllerConfig(Section):
     shorten_budget: bool = False
 
 
+class NotifyConfig(Section):
+    """Who is told of alerts while the run goes: a webhook, a command, or both; see docs/watching.md."""
+
+    url: SecretStr | None = None
+    """Written to config.yaml and to trackers as asterisks. Better is `url_env`."""
+    url_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    """Name of the environment variable that holds the URL."""
+    command: tuple[str, ...] = ()
+    """Program and arguments; no shell. The alert is JSON on its standard input."""
+    min_severity: Severity = "warning"
+    timeout_s: Positive = TIMEOUT_S
+
+    @model_validator(mode="after")
+    def _somebody_is_told(self) -> Self:
+        if self.url is None and self.url_env is None and not self.command:
+            raise ValueError("it tells nobody: set url_env, url or command")
+        if self.url is not None and self.url_env is not None:
+            raise ValueError("url and url_env are the same setting; give one of them")
+        problem = url_problem(self.url.get_secret_value()) if self.url is not None else None
+        if problem:
+            raise ValueError(f"url {problem} (the URL is not shown, and a run folder's config.yaml does not hold it)")
+        return self
+
+    def notifier(self, run_name: str) -> Notifier:
+        return Notifier(
+            run_name,
+            url=self.url.get_secret_value() if self.url is not None else None,
+            url_env=self.url_env,
+            command=self.command,
+            min_severity=self.min_severity,
+            timeout_s=self.timeout_s,
+        )
+
+
 class HealthConfig(Section):
     """Thresholds of the monitor; see docs/run_folder.md and `stableopd.health.MonitorSettings`."""
 
@@ -194,6 +234,7 @@ class HealthConfig(Section):
     """Golden solutions whose ending the student is asked for at each step; 0: none."""
     thresholds: dict[str, float] = Field(default_factory=dict)
     """Any other field of MonitorSettings, by name."""
+    notify: NotifyConfig | None = None
 
     @model_validator(mode="after")
     def _settings_are_possible(self) -> Self:
@@ -416,6 +457,8 @@ def _wrong_value(dotted: str, problem: Any) -> str:
     given, message = problem["input"], str(problem["msg"]).removeprefix("Value error, ")
     if not dotted:
         return message
+    if dotted in _HOLD_SECRETS:
+        return f"{dotted}: {message[0].lower()}{message[1:]}"
     if problem["type"] == "model_type":
         message = "is a section: give its settings one by one, as a mapping"
     elif isinstance(given, float) and math.isnan(given):

@@ -15,6 +15,7 @@ _MAY_CHANGE_ON_RESUME = {"max_steps", "checkpoint", "logging", "output_dir", "nu
 _MAY_CHANGE_ON_RESUME |= {"optimizer.micro_batch_tokens"}  # changes rounding only
 _MAY_CHANGE_ON_RESUME |= {"student.lora.merge"}  # changes what is written at the end only
 _MAY_CHANGE_ON_RESUME |= {"health.actions", *(f"health.controller.{name}" for name in ControllerConfig.model_fields)}
+_MAY_CHANGE_ON_RESUME |= {"health.notify"}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StableOPDConfig:
@@ -48,13 +49,18 @@ def check_resumable(path: Path, config: StableOPDConfig) -> None:
     changed = [
         f"{key}: {stored.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(stored.keys() | now.keys())
-        if (key in fixed or not {key, key.split(".")[0]} & _MAY_CHANGE_ON_RESUME) and stored.get(key) != now.get(key)
+        if (key in fixed or not _with_parents(key) & _MAY_CHANGE_ON_RESUME) and stored.get(key) != now.get(key)
     ]
     if changed:
         raise ConfigError(
             f"{path.parent} was begun with another configuration and cannot go on with this one: "
             f"{'; '.join(changed)}. Put the old values back, or choose another output_dir"
         )
+
+
+def _with_parents(key: str) -> set[str]:
+    parts = key.split(".")
+    return {".".join(parts[:depth]) for depth in range(1, len(parts) + 1)}
 
 
 def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

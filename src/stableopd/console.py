@@ -117,13 +117,6 @@ def spinner(console: Console, text: str) -> Iterator[None]:
         yield
 
 
-def sparkline(values: Sequence[float], low: float, high: float) -> str:
-    """A curve in block characters, one per value, from `low` to `high`."""
-    blocks = "▁▂▃▄▅▆▇█"
-    scaled = [(value - low) / (high - low) * (len(blocks) - 1) for value in values]
-    return "".join(blocks[min(max(round(level), 0), len(blocks) - 1)] for level in scaled)
-
-
 def quiet_libraries() -> None:
     """Keep loading bars and advice of other libraries out of our own output."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +12,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from stableopd.console import STYLES, sparkline
+from stableopd.console import STYLES
 from stableopd.diagnose import Diagnosis, StepRow, seen
 from stableopd.rollout_figures import Sample
 from stableopd.rollout_files import Advance
+from stableopd.sparklines import sparkline
 
 MAX_ROWS = 20
 MAX_COLUMNS = 60
@@ -101,7 +103,7 @@ def _curves(rows: Sequence[StepRow], unit_of_length: str) -> Table:
         values = [row.metrics[key] for row in rows if key in row.metrics]
         if heading in DRAWN:
             top = 1.0 if is_share else max(max(values), 1e-9)  # from 0, so that noise looks like noise
-            curve = "".join(sparkline([row.metrics[key]], 0.0, top) if key in row.metrics else " " for row in rows)
+            curve = sparkline([row.metrics.get(key, math.nan) for row in rows], len(rows), low=0.0, high=top)
             unit = f" ({unit_of_length})" if heading == "length" else ""
             grid.add_row(DRAWN[heading] + unit, curve, f"{form(values[0])} → {form(values[-1])}")
     return grid

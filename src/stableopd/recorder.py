@@ -118,8 +118,13 @@ def describe_environment() -> dict[str, Any]:
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *(_without_secret(argument) for argument in sys.argv[1:])],
     }
+
+
+def _without_secret(argument: str) -> str:
+    """A webhook's URL is not for whoever reads the run later."""
+    return re.sub(r"(?s)^(health\.notify(\.url)?=).*", r"\1**********", argument)
 
 
 def _version(package: str) -> str | None:

@@ -114,7 +114,7 @@ def read_run(path: str | Path) -> RunRecord:
         config=_read_config(folder / "config.yaml"),
         environment=_read_environment(folder / "environment.json"),
         metrics=metrics,
-        alerts=tuple(_alert(record) for record in alerts),
+        alerts=tuple(parse_alert(record) for record in alerts),
         rollouts=tuple(_sample_rollouts(folder / "rollouts", metrics)),
         verdict=judge_run(metrics),
     )
@@ -235,7 +235,8 @@ def _rows_by_step(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _alert(record: Mapping[str, Any]) -> Alert:
+def parse_alert(record: Mapping[str, Any]) -> Alert:
+    """A line of alerts.jsonl, which holds at least a step and a message."""
     severity = record.get("severity")
     return Alert(
         rule=str(record.get("rule", "")),

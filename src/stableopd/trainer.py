@@ -37,6 +37,7 @@ from stableopd.health.monitor import HealthMonitor
 from stableopd.health.rules import FAILED_REWARDS
 from stableopd.metrics import Stopwatch, TrackerSink, mean_of
 from stableopd.models import computing_module
+from stableopd.notify import Notifier
 from stableopd.observation import StepBatch, all_advantages, gather_views
 from stableopd.optimizer import learning_rate_at
 from stableopd.preparation import Dataset
@@ -99,6 +100,7 @@ class StableOPDTrainer:
         self.state = TrainState(begun_with=parts.digests)
         self.recorder: RunRecorder | None = None
         self._told_of_failed_rewards = False
+        self.notifier: Notifier | None = None
         self._sinks: list[MetricSink] = []
 
     # ------------------------------------------------------------------ the loop
@@ -438,6 +440,8 @@ class StableOPDTrainer:
         self.accelerator.wait_for_everyone()  # what a resuming process reads is rewritten next
         if self.recorder:
             self.recorder.start(dump_config(self.config), after_step)
+            if self.config.health.notify:
+                self.notifier = self.config.health.notify.notifier(path.resolve().name)
         if self.config.logging.report_to:
             self._sinks.append(TrackerSink(self.accelerator, "stableopd", flatten(self.config.model_dump(mode="json"))))
 
@@ -473,11 +477,13 @@ class StableOPDTrainer:
             )
 
     def _close_run_folder(self) -> None:
+        if self.notifier:
+            self.notifier.close()
         for sink in self._sinks:
             sink.close()
         if self.recorder:
             self.recorder.close()
-        self._sinks, self.recorder = [], None
+        self._sinks, self.recorder, self.notifier = [], None, None
 
     def _log(self, step: int, metrics: dict[str, float], alerts: tuple[Alert, ...]) -> None:
         if self.config.health.actions == "off":
@@ -485,6 +491,8 @@ class StableOPDTrainer:
         if self.recorder:
             self.recorder.metrics(step, metrics)
             self.recorder.alerts(alert.to_json() for alert in alerts)
+        if self.notifier:
+            self.notifier.send(alerts)
         for sink in self._sinks:
             sink.write(step, metrics)
         self._each_callback("on_step_end", {"step": step, **metrics}, alerts)

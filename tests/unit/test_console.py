@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from rich.console import Console
 
 from stableopd.config import StableOPDConfig
-from stableopd.console import ConsoleReporter, sparkline
+from stableopd.console import ConsoleReporter
 from stableopd.types import Alert, TrainState
 
 
@@ -71,7 +71,3 @@ def test_a_note_is_shown_as_it_stands_and_once():
     for _ in range(2):
         console.on_note(trainer, "the function said [bold]KeyError[/]")
     assert out.getvalue() == "note the function said [bold]KeyError[/]\n"
-
-
-def test_a_sparkline_spans_its_range_and_clips_what_is_outside():
-    assert sparkline([0.0, 0.5, 1.0, 2.0, -1.0], low=0.0, high=1.0) == "▁▅██▁"

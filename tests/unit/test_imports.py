@@ -13,7 +13,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "stableopd"
 
 LAYERS = (
     {"errors", "types"},
-    {"tokens", "reading", "vocabulary", "lines", "objective", "distributed"}
+    {"tokens", "reading", "vocabulary", "lines", "sparklines", "tailing", "notify", "objective", "distributed"}
     | {"health.causes", "health.loops", "health.pieces", "health.signals"}
     | {"losses", "losses._numerics", "losses.divergences", "losses.supports", "losses.policy", "losses.shaping"}
     | {"losses.rewards", "losses.reduction"},
@@ -48,7 +48,7 @@ LAYERS = (
     {"rows", "probe"},
     {"terms"},
     {"metrics", "recorder", "checkpoint", "step", "evaluate", "preparation", "console", "rewards", "observation"}
-    | {"diagnose_view"}
+    | {"diagnose_view", "watched", "frames", "watch"}
     | {"plots", "report", "report.alerts", "report.charts", "report.loops", "report.positions", "report.samples"}
     | {"report.settings", "report.text", "report.timeline"},
     {"assembly"},
@@ -80,6 +80,8 @@ WITHOUT_TORCH = (
     "integrations",
     "integrations.journal",
     "integrations.slime",
+    "notify",
+    "watch",
 )
 
 

@@ -28,12 +28,13 @@ from transformers import PreTrainedTokenizerBase
 
 from stableopd.config import StableOPDConfig
 from stableopd.config_files import dump_config
-from stableopd.console import progress_bar, quiet_libraries, sparkline
+from stableopd.console import progress_bar, quiet_libraries
 from stableopd.errors import ConfigError, RunFolderError, StableOPDError
 from stableopd.evaluate import evaluate
 from stableopd.plots import write_collapse_picture
 from stableopd.report import write_report
 from stableopd.runfolder import RunRecord, read_run
+from stableopd.sparklines import sparkline
 from stableopd.toy.build import (
     Progress,
     StudentRecipe,
@@ -380,7 +381,9 @@ def _live_table(tails: Mapping[str, _Tail], width: int) -> Table:
             latest |= row
         curve = [row["eval/validation_greedy/accuracy"] for row in tail.evaluations]
         cells = [form.format(latest[key]) if latest.get(key) is not None else "" for _, key, form in columns]
-        table.add_row(name, str(latest.get("step", "")), *cells, sparkline(curve, low=0.0, high=1.0))
+        table.add_row(
+            name, str(latest.get("step", "")), *cells, sparkline(curve, max(len(curve), 1), low=0.0, high=1.0)
+        )
     return table
 
 
