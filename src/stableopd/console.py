@@ -117,6 +117,12 @@ def spinner(console: Console, text: str) -> Iterator[None]:
         yield
 
 
+def printable(text: str) -> str:
+    """One line of text that cannot steer a terminal: control, invisible and unassigned characters become U+FFFD."""
+    joined = " ".join(text.split())
+    return "".join("\ufffd" if unicodedata.category(character).startswith("C") else character for character in joined)
+
+
 def quiet_libraries() -> None:
     """Keep loading bars and advice of other libraries out of our own output."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
