@@ -26,8 +26,9 @@ def test_there_are_recipes():
     assert len(list((ROOT / "recipes").glob("*.yaml"))) >= 3
 
 
-def test_the_configurations_in_the_readme_parse():
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("document", ["README.md", "docs/watching.md"])
+def test_the_configurations_in_the_documents_parse(document):
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
         StableOPDConfig(**yaml.safe_load(block))
@@ -40,7 +41,9 @@ def test_the_table_of_presets_in_the_documents_is_the_one_in_the_code():
         assert f"| `{method}` | {row} |" in text
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", *(f"docs/{n}.md" for n in ("losses", "demo"))])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", *(f"docs/{n}.md" for n in ("losses", "demo", "watching"))]
+)
 def test_links_lead_somewhere(document):
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
