@@ -23,6 +23,8 @@ MAX_EVALUATIONS = 2
 """Held-out sets with curves of their own."""
 MAX_ALERTS = 5
 MAX_ACTIONS = 3
+MAX_BRIEF = 2
+"""Alerts, and actions, of a brief frame."""
 LABEL_WIDTH, FIGURE_WIDTH, START_WIDTH = 17, 9, 15
 MIN_CURVE, MAX_CURVE = 8, 60
 PACE_STEPS = 20
@@ -43,10 +45,13 @@ class _Curve:
     """The curve begins at 0 and reaches at least this high; None: it spans from its lowest to its highest value."""
 
 
-def frame(snapshot: Snapshot, *, width: int, now: float | None = None, delay_s: float = 0.0) -> RenderableType:
+def frame(
+    snapshot: Snapshot, *, width: int, now: float | None = None, delay_s: float = 0.0, brief: bool = False
+) -> RenderableType:
     """Everything worth seeing of a run, at most `width` columns wide.
 
     Args:
+        brief: for terminals of 24 lines: one line an alert and an action, and fewer of them.
         now: seconds since the epoch, for how long ago the last step was; default: the clock.
         delay_s: how long the disk has not answered.
     """
@@ -54,7 +59,7 @@ def frame(snapshot: Snapshot, *, width: int, now: float | None = None, delay_s: 
     if snapshot.rows or snapshot.problem is None:
         parts += [_verdict(snapshot), _progress(snapshot, time.time() if now is None else now), Text()]
         parts += [_curves(snapshot, width)] if snapshot.rows else []
-        parts += list(_events(snapshot, width))
+        parts += list(_events(snapshot, brief))
     parts += [Text(printable(note), style="yellow") for note in _notes(snapshot, delay_s)]
     return Group(*parts)
 
@@ -147,6 +152,7 @@ def _wanted(snapshot: Snapshot) -> Iterator[_Curve]:
     yield _Curve(label="in loops", key=LOOPS, form="{:.1%}", high=SMALL_SHARE)
     yield _Curve(label="repetitive", key=REPETITION, form="{:.1%}", high=SMALL_SHARE)
     yield _Curve(label="stop probe", key="health/stop_probe", form="{:.3f}")
+    yield _Curve(label="ending probe", key="health/ending_probe", form="{:.3f}")
     yield _Curve(label="reward", key="reward", form="{:+.3f}")
     for name in names_of_evaluations(snapshot.rows)[:MAX_EVALUATIONS]:
         yield _Curve(label=f"acc. {printable(name)}", key=f"eval/{name}/accuracy", form="{:.1%}", high=SMALL_SHARE)
@@ -182,27 +188,28 @@ def _severities(alerts: Sequence[Alert]) -> dict[str, str]:
 # ------------------------------------------------------------------------------------ alerts, actions, notes
 
 
-def _events(snapshot: Snapshot, width: int) -> Iterator[RenderableType]:
+def _events(snapshot: Snapshot, brief: bool) -> Iterator[RenderableType]:
     actions = [alert for alert in snapshot.alerts if alert.action != "none"]
     alerts = [alert for alert in snapshot.alerts if alert.action == "none"]
     if not alerts and not actions:
         yield Text("\nno alerts", style="dim")
     if alerts:
         yield Text(f"\nlast alerts of {len(alerts)}, newest first" if len(alerts) > 1 else "\nalert")
-    for age, alert in enumerate(reversed(alerts[-MAX_ALERTS:])):
+    for age, alert in enumerate(reversed(alerts[-(MAX_BRIEF if brief else MAX_ALERTS) :])):
         # The newest in full; of the others what was seen.
-        yield _event(alert, alert.severity, f"{alert.severity} {alert.rule}", whole=age == 0)
+        yield _event(alert, f"{alert.severity} {alert.rule}", whole=age == 0 and not brief)
     if actions:
-        yield Text(f"\nlast actions of {len(actions)}, newest first" if len(actions) > 1 else "\naction")
-    for alert in reversed(actions[-MAX_ACTIONS:]):
-        yield _event(alert, alert.severity, alert.action, whole=False)
+        start = "" if brief else "\n"
+        yield Text(f"{start}last actions of {len(actions)}, newest first" if len(actions) > 1 else f"{start}action")
+    for alert in reversed(actions[-(MAX_BRIEF if brief else MAX_ACTIONS) :]):
+        yield _event(alert, alert.action, whole=False)
 
 
-def _event(alert: Alert, style: str, head: str, *, whole: bool) -> Text:
+def _event(alert: Alert, head: str, *, whole: bool) -> Text:
     message = alert.message if whole else alert.message.split(" Likely cause:")[0]
     text = Text(no_wrap=not whole, overflow="fold" if whole else "ellipsis")
     text.append(f"step {alert.step:>5}  ", style="dim")
-    text.append(printable(head), style=STYLES[style])
+    text.append(printable(head), style=STYLES[alert.severity])
     text.append(f": {printable(message)}")
     return text
 

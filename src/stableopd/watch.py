@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 
 from stableopd.errors import RunFolderError
@@ -94,11 +94,19 @@ def _follow_live(lookout: Lookout, console: Console, interval_s: float) -> None:
             snapshot = lookout.look(PATIENCE_S) or last
             last = snapshot
             if snapshot is not None:
-                live.update(frame(snapshot, width=console.width, delay_s=lookout.delay_s), refresh=True)
+                live.update(_fitting(snapshot, console, lookout.delay_s), refresh=True)
             else:
                 live.update("the disk does not answer yet; waiting", refresh=True)
             if snapshot is None or not snapshot.more:
                 time.sleep(interval_s)
+
+
+def _fitting(snapshot: Snapshot, console: Console, delay_s: float) -> RenderableType:
+    """The whole frame where the terminal is high enough, else the brief one: what is below its edge cannot be seen."""
+    whole = frame(snapshot, width=console.width, delay_s=delay_s)
+    if len(console.render_lines(whole, pad=False)) < console.height:
+        return whole
+    return frame(snapshot, width=console.width, delay_s=delay_s, brief=True)
 
 
 def _follow_in_prints(lookout: Lookout, console: Console, interval_s: float) -> None:

@@ -6,8 +6,9 @@ A source is asked again and again and reads only what was appended. It never wri
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -34,10 +35,15 @@ LOT = 64
 """Rollouts that make a step where the lines name none."""
 WINDOW = 5
 """Steps over which a signal is averaged to see whether an alert still stands."""
+STANDS_STEPS = 20
+"""An alert whose value cannot be held against its signal stands for so many steps."""
+SAME_SCALE = 0.1
 
-_KEPT = {"step", "step_time", MEAN_LENGTH, CHARACTERS, TRUNCATION, REPETITION, LOOPS, "health/stop_probe"}
+_KEPT = {"step", "step_time", MEAN_LENGTH, CHARACTERS, TRUNCATION}
 _KEPT |= {"completions/max_length", "reward"}
-_KEPT_AREAS = ("eval/", "controller/")
+_KEPT_AREAS = ("eval/", "health/", "controller/")
+_BY_POSITION = "_from_"
+"""Figures by position in the completion are many, and no alert is about them."""
 _FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "length", "max_tokens", "max_length", "loop"}
 _CUT_OFF = TRUNCATED_REASONS | {"max_tokens", "max_length"}
 _WORDS = re.compile(r"[\u2e80-\u9fff\uac00-\ud7af\u0e00-\u0eff]|\w+|[^\w\s]")
@@ -77,17 +83,26 @@ class Snapshot:
 
     @property
     def standing(self) -> tuple[Alert, ...]:
-        """Warnings and worse whose signal is still beyond the threshold; the controller's actions do not count."""
+        """Warnings and worse whose signal is still beyond the threshold: of each rule and signal the newest. What the
+        controller did does not count."""
         raised = (alert for alert in self.alerts if alert.severity != "info" and alert.rule != "controller")
-        return tuple(alert for alert in raised if self._still_beyond(alert))
+        newest = {(alert.rule, alert.signal): alert for alert in raised}
+        return tuple(alert for alert in newest.values() if self._still_beyond(alert))
 
     def _still_beyond(self, alert: Alert) -> bool:
-        values = [value for _, value in self.values(alert.signal)]
-        if not values:
-            return True
-        recent = values[-1:] if alert.signal.startswith("eval/") else values[-WINDOW:]
-        now = sum(recent) / len(recent)
+        points = self.values(alert.signal)
+        then = _recent(points, alert.signal, until=alert.step)
+        now = _recent(points, alert.signal, until=self.last_step or alert.step)
+        if then is None or now is None or not math.isclose(then, alert.value, rel_tol=SAME_SCALE, abs_tol=1e-3):
+            # The alert's value is a figure made from the signal, such as a fall: it cannot be held against it.
+            return (self.last_step or alert.step) - alert.step <= STANDS_STEPS
         return now < alert.threshold if alert.value < alert.threshold else now > alert.threshold
+
+
+def _recent(points: Sequence[tuple[int, float]], signal: str, *, until: int) -> float | None:
+    """What the monitor looks at: the mean of the last steps, of held-out figures the last one."""
+    values = [value for step, value in points if step <= until][-1 if signal.startswith("eval/") else -WINDOW :]
+    return sum(values) / len(values) if values else None
 
 
 class Source(Protocol):
@@ -228,7 +243,8 @@ class RunSource:
 
 
 def _is_kept(key: str, value: object) -> bool:
-    return (key in _KEPT or key.startswith(_KEPT_AREAS)) and is_number(value)
+    wanted = key in _KEPT or (key.startswith(_KEPT_AREAS) and _BY_POSITION not in key)
+    return wanted and is_number(value)
 
 
 def _add_row(rows: list[Row], row: Row) -> None:

@@ -239,6 +239,8 @@ def test_bad_input_is_refused_before_any_work(invoke, tmp_path, config, case):
     [
         (["train", "absent.yaml"], "absent.yaml"),
         (["report", "absent"], "absent"),
+        (["watch", "absent", "--once"], "absent"),
+        (["watch", "absent", "--interval", "0"], "interval"),
         (["train"], "CONFIG"),
         (["nonsense"], "nonsense"),
         (["demo", "--world", "t9", "--out", "never"], "t9"),
@@ -262,7 +264,7 @@ def test_demo_leaves_an_occupied_folder_alone(invoke, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["report"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["report"], ["watch"]])
 def test_help_teaches_with_an_example(invoke, command):
     done = invoke(*command, "--help")
     assert done.returncode == 0

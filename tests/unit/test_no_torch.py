@@ -29,6 +29,9 @@ report = HealthMonitor().observe(
 )
 assert report.metrics["health/loop_token_fraction"] == 1.0
 assert judge_run([]).status == "unknown"
+import stableopd.cli, stableopd.watch
+from stableopd.notify import Notifier
+Notifier("run", command=["true"]).close()
 
 import tempfile
 from pathlib import Path

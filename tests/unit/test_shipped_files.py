@@ -26,8 +26,9 @@ def test_there_are_recipes():
     assert len(list((ROOT / "recipes").glob("*.yaml"))) >= 3
 
 
-def test_the_configurations_in_the_readme_parse():
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("document", ["README.md", "docs/watching.md"])
+def test_the_configurations_in_the_documents_parse(document):
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
         StableOPDConfig(**yaml.safe_load(block))
@@ -42,7 +43,11 @@ def test_the_table_of_presets_in_the_documents_is_the_one_in_the_code():
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "CONTRIBUTING.md", *(f"docs/{n}.md" for n in ("losses", "demo", "diagnose", "integrations"))],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        *(f"docs/{n}.md" for n in ("losses", "demo", "diagnose", "integrations", "watching")),
+    ],
 )
 def test_links_lead_somewhere(document):
     path = ROOT / document

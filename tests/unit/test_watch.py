@@ -74,6 +74,35 @@ class TestRunFolder:
     def test_a_frame_of_a_whole_run_fits_a_terminal_of_24_lines(self, tmp_path):
         assert len(shown(settled(Follower(write_collapsing_run(tmp_path / "opd")))).splitlines()) <= 24
 
+    def test_a_brief_frame_fits_24_lines_with_everything_on(self, tmp_path):
+        rows = [
+            {"step": step, **dict.fromkeys((
+                "completions/mean_length", "completions/clipped_ratio", "health/loop_token_fraction", "reward",
+                "health/repetition_rate", "health/stop_probe", "health/ending_probe", "eval/a/accuracy",
+                "eval/a_greedy/accuracy", "controller/gold_coef", "controller/reference_coef", "controller/level",
+            ), 0.3)}
+            for step in range(1, 9)
+        ]  # fmt: skip
+        write_lines(tmp_path / "metrics.jsonl", rows)
+        action = {**ALERT, "rule": "controller", "action": "raise"}
+        write_lines(tmp_path / "alerts.jsonl", [{**ALERT, "message": "words " * 200}, action] * 5)
+        snapshot = settled(Follower(tmp_path))
+        assert len(shown(snapshot).splitlines()) > 24
+        assert len(shown(snapshot, brief=True).splitlines()) <= 24
+
+    @pytest.mark.parametrize(("last_step", "stands"), [(20, True), (40, False)])
+    def test_an_alert_on_a_figure_made_from_its_signal_stands_for_a_while(self, tmp_path, last_step, stands):
+        rows = [{"step": step, "health/ending_probe": 0.59 if step < 5 else 0.5} for step in range(1, last_step)]
+        write_lines(tmp_path / "metrics.jsonl", rows)
+        fall = {"signal": "health/ending_probe", "value": 0.14, "threshold": 0.1, "step": 10}
+        write_lines(tmp_path / "alerts.jsonl", [{**ALERT, **fall}])
+        assert bool(settled(Follower(tmp_path)).standing) == stands
+
+    def test_an_alert_that_was_raised_again_stands_once(self, tmp_path):
+        write_lines(tmp_path / "metrics.jsonl", [{"step": 3, "health/loop_token_fraction": 0.3}])
+        write_lines(tmp_path / "alerts.jsonl", [ALERT, {**ALERT, "severity": "critical", "threshold": 0.2}])
+        assert [alert.severity for alert in settled(Follower(tmp_path)).standing] == ["critical"]
+
     def test_an_alert_whose_signal_came_back_does_not_stand(self, tmp_path):
         rows = [{"step": step, "health/loop_token_fraction": 0.3 if step < 5 else 0.0} for step in range(1, 20)]
         write_lines(tmp_path / "metrics.jsonl", rows)
