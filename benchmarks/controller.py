@@ -3,8 +3,8 @@
     python benchmarks/controller.py [--out DIR] [--parallel 2]
 
 Five fresh pairs of the toy world, each run as plain OPD, as the demo's StableOPD, and as plain OPD with
-`health.actions: stabilise` and `rollback`; all but the first again with a learning rate three times too high, and all
-of it with a restless teacher. Held-out accuracy swings from one evaluation to the next, so that the mean of the last
+`health.actions: stabilise` and `rollback`; the last two again without the stop probe, so that the alarm comes late; all
+but the first with a learning rate three times too high; and all of it with a restless teacher. Held-out accuracy swings from one evaluation to the next, so that the mean of the last
 five (steps 80 to 100) is what is compared. Prints tables, counts of collapses, and, last, one JSON object.
 docs/health.md holds its figures. Runs that are finished in DIR are not repeated.
 """
@@ -43,6 +43,7 @@ WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 CASES: Mapping[str, tuple[list[Pair], str, Mapping[str, Any], tuple[str, ...]]] = {
     "as it is": (PAIRS, "", {}, ("opd", "stableopd", "stabilise", "rollback")),
+    "without the probe": (PAIRS, "_blind", {"health.probe_prompts": 0}, ("stabilise", "rollback")),
     "learning rate x 3": (PAIRS, "_lr3", THREE_TIMES, ("stableopd", "stabilise", "rollback")),
     "restless teacher": (RESTLESS, "", {}, ("opd", "stableopd", "stabilise", "rollback")),
 }
@@ -73,7 +74,7 @@ def main() -> None:
 def _cell(run: Run, root: Path) -> str:
     """Late accuracy / greedy truncation at the end; C where it had collapsed on the way; what was done."""
     record = read_run(run.folder(root))
-    accuracy = _late(record)
+    accuracy = late_accuracy(record)
     cut_off = record.series("eval/validation_greedy/truncation_rate")[-1][1]
     actions = Counter(alert["action"] for alert in record.alerts if alert.get("rule") == "controller")
     done = ", ".join(f"{count} {action}" for action, count in actions.items())
@@ -81,13 +82,13 @@ def _cell(run: Run, root: Path) -> str:
     return f"{accuracy:.3f} / {cut_off:.2f}{collapsed}" + (f" ({done})" if done else "")
 
 
-def _late(record: RunRecord) -> float:
+def late_accuracy(record: RunRecord) -> float:
     return statistics.mean(value for _, value in record.series("eval/validation/accuracy")[-5:])
 
 
 def _summary(runs: list[Run], root: Path) -> dict[str, float]:
     records = [read_run(run.folder(root)) for run in runs]
-    late = [_late(record) for record in records]
+    late = [late_accuracy(record) for record in records]
     ends = [record.series("eval/validation/accuracy")[-1][1] for record in records]
     greedy = [record.series("eval/validation_greedy/accuracy")[-1][1] for record in records]
     return {

@@ -234,6 +234,9 @@ class HealthConfig(Section):
     """Golden solutions whose ending the student is asked for at each step; 0: none."""
     thresholds: dict[str, float] = Field(default_factory=dict)
     """Any other field of MonitorSettings, by name."""
+    overlap_topk: NonNegativeInt = 0
+    """Compare the likeliest tokens of student and teacher, so many of each, at every token: costs one forward pass of
+    the student; 0: not. Where the loss takes the teacher's top-k, their number is that of objective.distill.topk."""
     notify: NotifyConfig | None = None
 
     @model_validator(mode="after")

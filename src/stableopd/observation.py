@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from stableopd.config import HealthConfig
 from stableopd.evaluate import Completion
 from stableopd.health.signals import is_repetitive
+from stableopd.scoring import Scores
 from stableopd.types import Example, RolloutBatch, TokenScores
 
 
@@ -82,6 +84,32 @@ def gather_views(batch: StepBatch) -> list[RolloutView]:
         )
     ]
     return sorted(gather_object(mine), key=lambda view: view.position)
+
+
+def overlap(student: Scores, teacher: TokenScores, mask: Tensor) -> dict[str, Tensor]:
+    """How alike two models are at each token, [B, T] by metric key, 0 where masked.
+
+    `health/topk_overlap`: |S_k ∩ T_k| / k of their k likeliest tokens. `health/overlap_advantage`: mean of
+    log T − log S over the tokens that both have, weighted by S; 0 where they share none. `teacher/entropy`: nats.
+
+    Args: top-k ids and log-probabilities [B, T, K] of both; `mask` [B, T] bool.
+    Source: Li et al. 2026, arXiv 2604.13016, track such figures; the weighting is our choice.
+    """
+    assert student.topk_ids is not None
+    assert student.topk_logprobs is not None
+    assert teacher.topk_ids is not None
+    assert teacher.topk_logprobs is not None
+    share, advantage = torch.zeros(mask.shape, device=mask.device), torch.zeros(mask.shape, device=mask.device)
+    for row in range(len(mask)):  # a row at a time: all pairs of K by K
+        same = student.topk_ids[row, :, :, None] == teacher.topk_ids[row, :, None, :]
+        shared = same.any(dim=-1)
+        teacher_logprobs = (same * teacher.topk_logprobs[row, :, None, :]).sum(dim=-1)
+        p = student.topk_logprobs[row].exp() * shared
+        gap = (teacher_logprobs - student.topk_logprobs[row]).masked_fill(~shared, 0.0)
+        share[row] = shared.float().mean(dim=-1)
+        advantage[row] = (p * gap).sum(dim=-1) / p.sum(dim=-1).clamp(min=torch.finfo(p.dtype).tiny)
+    found = {"health/topk_overlap": share * mask, "health/overlap_advantage": advantage * mask}
+    return found if teacher.entropy is None else {**found, "teacher/entropy": teacher.entropy * mask}
 
 
 def all_advantages(views: Sequence[RolloutView]) -> list[np.ndarray] | None:

@@ -88,7 +88,7 @@ class Updater:
     def trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
 
-    def score(self, rollouts: Sequences, *, entropy: bool) -> Scores:
+    def score(self, rollouts: Sequences, *, entropy: bool = False, topk: int = 0) -> Scores:
         """The student's own figures for its rollouts, before an update."""
         return completion_scores(
             self.student,
@@ -97,6 +97,7 @@ class Updater:
             token_budget=self._token_budget,
             autocast=self._autocast,
             entropy=entropy,
+            topk=topk,
         )
 
     def probe(self, rows: TrainingRows) -> dict[str, float]:

@@ -38,7 +38,7 @@ from stableopd.health.rules import FAILED_REWARDS
 from stableopd.metrics import Stopwatch, TrackerSink, mean_of
 from stableopd.models import computing_module
 from stableopd.notify import Notifier
-from stableopd.observation import StepBatch, all_advantages, gather_views
+from stableopd.observation import StepBatch, all_advantages, gather_views, overlap
 from stableopd.optimizer import learning_rate_at
 from stableopd.preparation import Dataset
 from stableopd.protocols import Callback, MetricSink
@@ -237,7 +237,7 @@ class StableOPDTrainer:
         batch.scores = self.teacher.score(
             batch.rollouts,
             temperature=self.config.rollout.temperature,
-            topk=distill.topk if distill.needs_topk else 0,
+            topk=distill.topk if distill.needs_topk else self.config.health.overlap_topk,
             states=distill.needs_states,
         )
         batch.teacher_logprobs = batch.scores.sampled_logprobs
@@ -263,6 +263,7 @@ class StableOPDTrainer:
             rewards, failures = gather_object(batch.rewards), gather_object(mine)
             self._tell_of_failed_rewards(batch.step, failures, len(rewards))
             figures = reward_figures(rewards, len(failures))
+        figures |= self._overlap(batch)
         views = gather_views(batch)
         report = self.monitor.observe(
             batch.step,
@@ -276,6 +277,16 @@ class StableOPDTrainer:
         judged = self.monitor.judge(batch.step, {key: figures[key] for key in figures if key == FAILED_REWARDS})
         report = replace(report, alerts=report.alerts + judged)
         return replace(report, metrics={**report.metrics, **figures})
+
+    def _overlap(self, batch: StepBatch) -> dict[str, float]:
+        """How alike student and teacher are at the visited states, where their likeliest tokens are asked for."""
+        teacher = batch.scores
+        if not self.config.health.overlap_topk or teacher is None or teacher.topk_ids is None:
+            return {}
+        assert batch.rollouts is not None
+        student = self.updater.score(batch.rollouts, topk=teacher.topk_ids.shape[-1])
+        found = overlap(student, teacher, batch.rollouts.completion_mask)
+        return {name: self._token_mean(values, batch.rollouts.completion_mask) for name, values in found.items()}
 
     def _tell_of_failed_rewards(self, step: int, failures: Sequence[str], num_rewards: int) -> None:
         """Raises: TrainingError when not one completion of the run's first step could be judged."""
@@ -383,7 +394,10 @@ class StableOPDTrainer:
         metrics = {"num_new_tokens": float(sum(gather_object(batch.rollouts.lengths())))}
         if batch.teacher_logprobs is not None:
             gap = batch.rollouts.sampling_logprobs - batch.teacher_logprobs
-            metrics["teacher/reverse_kl"] = self._token_mean(gap, batch.rollouts.completion_mask)
+            mask = batch.rollouts.completion_mask
+            metrics["teacher/reverse_kl"] = self._token_mean(gap, mask)
+            metrics["teacher/logprob"] = self._token_mean(batch.teacher_logprobs, mask)
+            metrics["sampling/logprob"] = self._token_mean(batch.rollouts.sampling_logprobs, mask)
         late = batch.teacher_logprobs is not None and batch.scores is not None and batch.scores.sampled_logprobs is None
         due = self._due(batch.step, self.config.logging.rollouts_every_steps) or batch.step == 1
         if late or due:

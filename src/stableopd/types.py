@@ -103,6 +103,8 @@ class TokenScores:
     """[B, T, K] int64: the likeliest tokens at each position."""
     topk_logprobs: Tensor | None = None
     """[B, T, K] float32, nats."""
+    entropy: Tensor | None = None
+    """[B, T] float32, nats; where top-k are given."""
     states: tuple[Tensor, ...] | None = None
     """Per row its hidden states [length, H]: with the model's head, the whole distribution at each position."""
 

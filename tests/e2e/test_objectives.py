@@ -333,3 +333,15 @@ def test_a_student_without_adapters_is_saved_whole_when_merging_is_asked_for(run
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     with torch.no_grad():
         torch.testing.assert_close(saved(prompt_ids).logits, trainer.student.eval()(prompt_ids).logits)
+
+
+@pytest.mark.parametrize("distill", [{}, {"divergence": "reverse_kl", "support": "teacher_topk", "topk": 3}])
+def test_the_likeliest_tokens_of_student_and_teacher_are_compared_where_asked_for(run_settings, distill):
+    settings = run_settings(objective={"distill": distill}, max_steps=1)
+    settings["health"] = {**settings["health"], "overlap_topk": 5}
+    trainer = StableOPDTrainer(args=StableOPDConfig(**settings))
+    trainer.train()
+    row = json.loads((trainer.config.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 < row["health/topk_overlap"] < 1
+    assert row["teacher/entropy"] > 0
+    assert row["teacher/logprob"] - row["sampling/logprob"] == pytest.approx(-row["teacher/reverse_kl"], abs=1e-5)

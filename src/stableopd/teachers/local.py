@@ -39,6 +39,7 @@ class LocalTeacher:
             token_budget=self._token_budget,
             autocast=self._autocast,
             topk=topk,
+            entropy=topk > 0,
         )
         return TokenScores(
             sampled_logprobs=scores.logprobs,
@@ -46,4 +47,5 @@ class LocalTeacher:
             model_id=self.model_id,
             topk_ids=scores.topk_ids,
             topk_logprobs=scores.topk_logprobs,
+            entropy=scores.entropy,
         )
