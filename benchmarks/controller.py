@@ -4,9 +4,10 @@
 
 Five fresh pairs of the toy world, each run as plain OPD, as the demo's StableOPD, and as plain OPD with
 `health.actions: stabilise` and `rollback`; the last two again without the stop probe, so that the alarm comes late; all
-but the first with a learning rate three times too high; and all of it with a restless teacher. Held-out accuracy swings from one evaluation to the next, so that the mean of the last
-five (steps 80 to 100) is what is compared. Prints tables, counts of collapses, and, last, one JSON object.
-docs/health.md holds its figures. Runs that are finished in DIR are not repeated.
+but the first with a learning rate three times too high; and all of it with a restless teacher. Held-out accuracy swings
+from one evaluation to the next, so that the mean of the last five (steps 80 to 100) is what is compared. Prints tables,
+counts of collapses, and, last, one JSON object. docs/health.md holds its figures. Runs that are finished in DIR are not
+repeated.
 """
 
 from __future__ import annotations

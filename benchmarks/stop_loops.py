@@ -2,9 +2,9 @@
 
     python benchmarks/stop_loops.py [--out DIR]
 
-Three fresh pairs of the toy world, plain OPD and StableOPD, without `rollout.stop_loops_after` and with 4 and 8 repeats.
-Late accuracy is the mean of the last five evaluations. Prints a table and, last, one JSON object. docs/health.md holds
-its figures. Runs that are finished in DIR are not repeated.
+Three fresh pairs of the toy world, plain OPD and StableOPD, without `rollout.stop_loops_after` and with 4 and 8
+repeats. Late accuracy is the mean of the last five evaluations. Prints a table and, last, one JSON object.
+docs/health.md holds its figures. Runs that are finished in DIR are not repeated.
 """
 
 from __future__ import annotations
