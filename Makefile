@@ -1,5 +1,6 @@
 # make demo    install into .venv and watch OPD collapse and StableOPD hold
 # make test    install into .venv and pass the tests
+# make test-trl    install TRL too and test what works with it
 # make lint    style and types
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,13 +10,17 @@ OUT ?= demo
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-trl lint install clean
 
 demo: $(INSTALLED)
 	$(BIN)/stableopd demo --out $(OUT)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+test-trl: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -e ".[dev,trl]"
+	$(BIN)/python -m pytest tests/integrations tests/unit/test_losses_peers.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check src tests benchmarks
