@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from stableopd.errors import TrainingError
 from stableopd.evaluate import Completion
 from stableopd.protocols import RewardFunction
 
@@ -51,3 +52,21 @@ def reward_figures(rewards: Sequence[float], failures: int) -> dict[str, float]:
     if failures:
         figures["reward/failures"] = float(failures)
     return figures
+
+
+def check_rewards(step: int, failures: Sequence[str], num_rewards: int, function: str) -> None:
+    """Raises: TrainingError when not one completion of the run's first step could be judged."""
+    if step == 1 and failures and len(failures) == num_rewards:
+        raise TrainingError(
+            f"objective.reward.function {function!r} failed on all {num_rewards} completions of the first step, so "
+            f"there is nothing to learn from. It is called with (completion, answer), two texts, and must return a "
+            f"finite number. The first failure: {failures[0]}"
+        )
+
+
+def reward_note(step: int, failures: Sequence[str], num_rewards: int, function: str) -> str:
+    """What is said once of a reward function that fails now and then."""
+    return (
+        f"the reward function {function!r} failed on {len(failures)} of {num_rewards} completions of step "
+        f"{step}, which count 0 (metric reward/failures). The first failure: {failures[0]}"
+    )

@@ -28,22 +28,22 @@ from stableopd.checkpoint import (
     save_model,
 )
 from stableopd.config import StableOPDConfig
-from stableopd.config_files import check_resumable, dump_config, flatten
+from stableopd.config_files import check_resumable
 from stableopd.errors import ConfigError, RunFolderError, TrainingError
 from stableopd.evaluate import decode, evaluate
-from stableopd.health.causes import NO_TOKENS, NOT_FINITE
+from stableopd.health.causes import why_without_updates
 from stableopd.health.controller import Controls, HealthController, Levers
 from stableopd.health.monitor import HealthMonitor
 from stableopd.health.rules import FAILED_REWARDS
-from stableopd.metrics import Stopwatch, TrackerSink, mean_of
+from stableopd.logbook import Logbook
+from stableopd.metrics import Stopwatch, mean_of
 from stableopd.models import computing_module
-from stableopd.notify import Notifier
 from stableopd.observation import StepBatch, all_advantages, gather_views, overlap
 from stableopd.optimizer import learning_rate_at
 from stableopd.preparation import Dataset
-from stableopd.protocols import Callback, MetricSink
-from stableopd.recorder import RunRecorder, check_nothing_lost
-from stableopd.rewards import reward_figures, score_completions
+from stableopd.protocols import Callback
+from stableopd.recorder import check_nothing_lost
+from stableopd.rewards import check_rewards, reward_figures, reward_note, score_completions
 from stableopd.rows import TrainingRows, concat_rows, gold_rows, minibatches, rollout_rows
 from stableopd.types import Alert, HealthReport, Sampling, TrainState
 from stableopd.vocabulary import pad_token_id
@@ -98,10 +98,8 @@ class StableOPDTrainer:
         self.monitor = HealthMonitor(self.config.health.monitor_settings())
         self.controller = HealthController(self.config.health.controller_settings(), self._levers())
         self.state = TrainState(begun_with=parts.digests)
-        self.recorder: RunRecorder | None = None
+        self.logbook: Logbook | None = None
         self._told_of_failed_rewards = False
-        self.notifier: Notifier | None = None
-        self._sinks: list[MetricSink] = []
 
     # ------------------------------------------------------------------ the loop
 
@@ -130,7 +128,9 @@ class StableOPDTrainer:
                 self.save_model(self.config.run_dir / "merged", merge_adapters=True)
             self._each_callback("on_train_end")
         finally:
-            self._close_run_folder()
+            if self.logbook:
+                self.logbook.close()
+                self.logbook = None
         return self.state
 
     def train_step(self, step: int) -> dict[str, float]:
@@ -289,23 +289,11 @@ class StableOPDTrainer:
         return {name: self._token_mean(values, batch.rollouts.completion_mask) for name, values in found.items()}
 
     def _tell_of_failed_rewards(self, step: int, failures: Sequence[str], num_rewards: int) -> None:
-        """Raises: TrainingError when not one completion of the run's first step could be judged."""
-        if not failures:
-            return
         function = self.config.objective.reward.function
-        if step == 1 and len(failures) == num_rewards:
-            raise TrainingError(
-                f"objective.reward.function {function!r} failed on all {num_rewards} completions of the first step, so "
-                f"there is nothing to learn from. It is called with (completion, answer), two texts, and must return a "
-                f"finite number. The first failure: {failures[0]}"
-            )
-        if not self._told_of_failed_rewards:
+        check_rewards(step, failures, num_rewards, function)
+        if failures and not self._told_of_failed_rewards:
             self._told_of_failed_rewards = True
-            self._each_callback(
-                "on_note",
-                f"the reward function {function!r} failed on {len(failures)} of {num_rewards} completions of step "
-                f"{step}, which count 0 (metric reward/failures). The first failure: {failures[0]}",
-            )
+            self._each_callback("on_note", reward_note(step, failures, num_rewards, function))
 
     def _levers(self) -> Levers:
         objective = self.config.objective
@@ -406,9 +394,9 @@ class StableOPDTrainer:
                 metrics |= self.monitor.advantage_figures(
                     [view.completion.token_ids for view in views], all_advantages(views) or []
                 )
-            if due and self.recorder and self.config.logging.num_rollouts:
+            if due and self.logbook and self.config.logging.num_rollouts:
                 shown = views[: self.config.logging.num_rollouts]
-                self.recorder.rollouts(batch.step, [view.to_json(batch.step, self.config.health) for view in shown])
+                self.logbook.rollouts(batch.step, [view.to_json(batch.step, self.config.health) for view in shown])
         return metrics
 
     def _token_mean(self, values: torch.Tensor, mask: torch.Tensor) -> float:
@@ -434,13 +422,7 @@ class StableOPDTrainer:
         self.state.steps_without_update = idle
         if idle < MAX_STEPS_WITHOUT_UPDATE:
             return
-        empty = metrics["skipped_updates/no_tokens"] > 0
-        cause = NO_TOKENS if empty else NOT_FINITE
-        raise TrainingError(
-            f"stopped at step {step}: no update could be made in the last {idle} steps, since "
-            f"{'no token counted in any loss' if empty else 'loss or gradient were not finite'}. {cause.advice} "
-            f"The student is as it was after step {step - idle}, and its checkpoints are kept"
-        )
+        raise TrainingError(why_without_updates(step, idle, empty=metrics["skipped_updates/no_tokens"] > 0))
 
     # ------------------------------------------------------------------ run folder
 
@@ -448,16 +430,11 @@ class StableOPDTrainer:
         path = self.config.run_dir
         if resume:
             check_resumable(path / "config.yaml", self.config)
-        self.recorder = RunRecorder(path, resume=resume) if self.accelerator.is_main_process else None
+        self.logbook = Logbook(self.config, self.accelerator, resume=resume)
         self.accelerator.wait_for_everyone()
         after_step = self._resume(path) if resume else None
         self.accelerator.wait_for_everyone()  # what a resuming process reads is rewritten next
-        if self.recorder:
-            self.recorder.start(dump_config(self.config), after_step)
-            if self.config.health.notify:
-                self.notifier = self.config.health.notify.notifier(path.resolve().name)
-        if self.config.logging.report_to:
-            self._sinks.append(TrackerSink(self.accelerator, "stableopd", flatten(self.config.model_dump(mode="json"))))
+        self.logbook.start(after_step)
 
     def _resume(self, path: Path) -> int | None:
         """Step of the checkpoint from which the run goes on; None when it was killed before its first one."""
@@ -490,25 +467,11 @@ class StableOPDTrainer:
                 "then is lost, and the report begins after it. With a copy: stop, put it back, and resume again",
             )
 
-    def _close_run_folder(self) -> None:
-        if self.notifier:
-            self.notifier.close()
-        for sink in self._sinks:
-            sink.close()
-        if self.recorder:
-            self.recorder.close()
-        self._sinks, self.recorder, self.notifier = [], None, None
-
     def _log(self, step: int, metrics: dict[str, float], alerts: tuple[Alert, ...]) -> None:
         if self.config.health.actions == "off":
             alerts = ()
-        if self.recorder:
-            self.recorder.metrics(step, metrics)
-            self.recorder.alerts(alert.to_json() for alert in alerts)
-        if self.notifier:
-            self.notifier.send(alerts)
-        for sink in self._sinks:
-            sink.write(step, metrics)
+        if self.logbook:
+            self.logbook.write(step, metrics, alerts)
         self._each_callback("on_step_end", {"step": step, **metrics}, alerts)
 
     def _save_if_due(self, step: int, metrics: dict[str, float]) -> None:

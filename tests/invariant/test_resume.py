@@ -338,7 +338,7 @@ def test_a_folder_that_another_process_writes_is_refused(run_settings, tmp_path)
     first._open_run_folder(resume=False)
     with pytest.raises(RunFolderError, match="another process"):
         StableOPDTrainer(args=config).train(resume_from_checkpoint=True)
-    first._close_run_folder()
+    first.logbook.close()
 
 
 def test_rotation_keeps_the_last_ones_and_the_best(run_settings, tmp_path):

@@ -49,7 +49,16 @@ LAYERS = (
     {"terms"},
     {"metrics", "recorder", "checkpoint", "step", "evaluate", "preparation", "console", "rewards", "observation"}
     | {"diagnose_view", "watched", "frames", "watch"}
-    | {"plots", "report", "report.alerts", "report.charts", "report.loops", "report.positions", "report.samples"}
+    | {
+        "logbook",
+        "plots",
+        "report",
+        "report.alerts",
+        "report.charts",
+        "report.loops",
+        "report.positions",
+        "report.samples",
+    }
     | {"report.settings", "report.text", "report.timeline"},
     {"assembly"},
     {"trainer"},

@@ -84,3 +84,14 @@ UNMEASURED = " Loops were not measured: give the monitor texts or token_ids to t
 
 STABILISABLE = frozenset(cause.name for cause in (INFLATION, UNLEARNS_STOPPING, DRIFT, EARLY_LOOPS, FORGETTING))
 """Causes against which golden solutions and the tie to the initial student help."""
+
+
+def why_without_updates(step: int, num_steps: int, *, empty: bool) -> str:
+    """Why a run that has made no update for `num_steps` steps is ended at `step`; `empty`: no token counted."""
+    cause, why = (
+        (NO_TOKENS, "no token counted in any loss") if empty else (NOT_FINITE, "loss or gradient were not finite")
+    )
+    return (
+        f"stopped at step {step}: no update could be made in the last {num_steps} steps, since {why}. {cause.advice} "
+        f"The student is as it was after step {step - num_steps}, and its checkpoints are kept"
+    )
