@@ -250,7 +250,7 @@ class StableOPDTrainer:
         if self.probe_rows is not None:
             probe = self.updater.probe(self.probe_rows)
             alerts = report.alerts + self.monitor.judge(batch.step, probe)
-            report = replace(report, metrics={**report.metrics, **probe}, alerts=alerts)
+            report = replace(report, metrics={**report.metrics, **probe, **self.monitor.derived}, alerts=alerts)
         return report
 
     def _observe_rollouts(self, batch: StepBatch) -> HealthReport:

@@ -253,6 +253,11 @@ class HealthMonitor:
         return tuple(alerts)
 
     @property
+    def derived(self) -> dict[str, float]:
+        """`health/ending_drift`, which the rule `ending_probe` looks at: worth logging beside what was measured."""
+        return self._history.derived()
+
+    @property
     def alarms(self) -> tuple[Alarm, ...]:
         """The alerts that are not over."""
         return tuple(Alarm(**latch.alarm) for latch in self._latches.values() if latch.alarm)

@@ -38,6 +38,8 @@ REPETITION = "health/repetition_rate"
 LOOPS = "health/loop_token_fraction"
 STOP_PROBE = "health/stop_probe"
 ENDING_PROBE = "health/ending_probe"
+ENDING_DRIFT = "health/ending_drift"
+"""The monitor's own: how far the ending probe has sunk (CUSUM)."""
 SKIPPED = "skipped_updates"
 SKIPPED_WITHOUT_TOKENS = "skipped_updates/no_tokens"
 FAILED_REWARDS = "reward/failed_fraction"
@@ -147,6 +149,10 @@ class History:
     def sunk(self, key: str) -> float:
         """How far a signal has sunk; see `Series.sunk`."""
         return self.series[key].sunk if key in self.series else 0.0
+
+    def derived(self) -> dict[str, float]:
+        """Figures that the history makes of those that it is given, by metric key."""
+        return {ENDING_DRIFT: self.sunk(ENDING_PROBE)} if self.baseline(ENDING_PROBE) else {}
 
     def eval_truncation(self, name: str) -> float | None:
         """Last truncation rate on a held-out set, of greedy decoding where there is some."""
@@ -314,7 +320,7 @@ def _ending_probe(metrics: Mapping[str, float], history: History) -> Reading | N
         return None
     warning = settings.probe_sunk_warning
     return Reading(
-        signal=ENDING_PROBE,
+        signal=ENDING_DRIFT,
         value=history.sunk(ENDING_PROBE),
         warning=warning,
         critical=NEVER,

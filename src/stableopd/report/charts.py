@@ -322,9 +322,12 @@ REPEATED_WEIGHT = Panel(
 )
 STOP_PROBE = Panel(
     "Stop probe",
-    "How surely the student ends a finished golden solution. Healthy: high and level. "
-    "A fall often comes before lengths grow.",
-    (Curve("health/stop_probe", "probability of ending"),),
+    "How surely the student ends golden solutions: the end token after the whole, and their last four tokens. Healthy: "
+    "level. A fall of the latter comes before lengths grow.",
+    (
+        Curve("health/ending_probe", "last four tokens"),
+        Curve("health/stop_probe", "end token", "dash"),
+    ),
     "share",
 )
 MECHANISM = [LOOP_WEIGHT, LOOP_ADVANTAGE, REPEATED_WEIGHT, REPEATED_ADVANTAGE, STOP_PROBE]

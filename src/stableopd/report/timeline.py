@@ -44,7 +44,7 @@ LANE_HEIGHT, RUN_HEIGHT, ROW_HEIGHT, TITLE_HEIGHT, EDGES = 38, 6, 96, 25, 48
 WEIGHT = {"info": (0.3, 0.4), "warning": (0.6, 0.55), "critical": (1.0, 0.95)}
 STROKES = {"solid": "——", "dash": "- - -", "dot": "· · ·"}
 ACTIONS, OTHERS = "actions taken", "other rules"
-_RULES = ("loops", "repetition", "truncation", "length_growth", "length_over_expected", "stop_probe")
+_RULES = ("loops", "repetition", "truncation", "length_growth", "length_over_expected", "stop_probe", "ending_probe")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
