@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stableopd.health.loops import loop_mask
+from stableopd.health.monitor import MonitorSettings
 from stableopd.losses import (
     clamp_advantages,
     compress_advantages,
@@ -116,9 +117,13 @@ def corrected_tokens(trainer_logprobs: Tensor, engine_logprobs: Tensor, settings
     return weights != importance_weights(trainer_logprobs, engine_logprobs, "truncate", cap=torch.inf)
 
 
-def without_loops(signals: RolloutSignals, rollouts: RolloutBatch) -> RolloutSignals:
-    """The signals with no distillation weight on rollouts that hold an exact loop (`health.loop_mask`)."""
-    fresh = [not loop_mask(ids).any() for ids in rollouts.completions()]
+def without_loops(signals: RolloutSignals, rollouts: RolloutBatch, settings: MonitorSettings) -> RolloutSignals:
+    """The signals with no distillation weight on rollouts that hold an exact loop, or were ended in one."""
+    loop = (settings.loop_max_period, settings.loop_min_repeats, settings.loop_min_tokens)
+    fresh = [
+        reason != "loop" and not loop_mask(ids, *loop).any()
+        for ids, reason in zip(rollouts.completions(), rollouts.finish_reason, strict=True)
+    ]
     keep = torch.tensor(fresh, device=signals.distill_weight.device)
     return replace(signals, distill_weight=signals.distill_weight * keep[:, None])
 

@@ -122,7 +122,7 @@ def assemble(
         judge=judge,
         reward=reward if config.objective.needs_rewards else None,
         special_ids=frozenset(tokenizer.all_special_ids) - end_ids,
-        probe_rows=_probe_rows(data, config, tokenizer, accelerator),
+        probe_rows=_probe_rows(data, config, tokenizer, accelerator, own),
         digests=digests,
     )
 
@@ -235,10 +235,14 @@ def _updater(
 
 
 def _probe_rows(
-    data: RunData, config: StableOPDConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+    data: RunData,
+    config: StableOPDConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    context: int | None,
 ) -> TrainingRows | None:
     pool = data.gold_pool.examples if data.gold_pool else data.stream.examples
-    examples = probe_examples(pool, config.health.probe_prompts, config.seed)
+    examples = probe_examples(pool, config.health.probe_prompts, config.seed, context)
     if len(examples) < accelerator.num_processes:
         return None
     mine = examples[accelerator.process_index :: accelerator.num_processes]

@@ -7,6 +7,7 @@ the drift that is to be seen (docs/health.md).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,8 +37,14 @@ def probe_sums(logprobs: Tensor, mask: Tensor) -> dict[str, float]:
     return {name: float(value) for name, value in sums.items()}
 
 
-def probe_examples(examples: Sequence[Example], num_prompts: int, seed: int) -> list[Example]:
-    """The same `num_prompts` examples with gold for the whole run, or all where there are fewer."""
-    with_gold = [example for example in examples if example.gold_ids]
+def probe_examples(
+    examples: Sequence[Example], num_prompts: int, seed: int, max_total_tokens: int | None = None
+) -> list[Example]:
+    """The same `num_prompts` examples with gold for the whole run, or all where there are fewer.
+
+    Those whose prompt and gold have more than `max_total_tokens` tokens together are passed over.
+    """
+    limit = math.inf if max_total_tokens is None else max_total_tokens
+    with_gold = [e for e in examples if e.gold_ids and len(e.prompt_ids) + len(e.gold_ids) <= limit]
     chosen = np.random.default_rng(seed).permutation(len(with_gold))[:num_prompts]
     return [with_gold[place] for place in sorted(chosen.tolist())]

@@ -124,7 +124,7 @@ def describe_environment() -> dict[str, Any]:
 
 def _without_secret(argument: str) -> str:
     """A webhook's URL is not for whoever reads the run later."""
-    return re.sub(r"(?s)^(health\.notify(\.url)?=).*", r"\1**********", argument)
+    return re.sub(r"(?s)^(health(?:\.notify)?(?:\.url)?=)(?=.*://).*", r"\1**********", argument)
 
 
 def _version(package: str) -> str | None:

@@ -250,8 +250,8 @@ class StableOPDTrainer:
         if self.probe_rows is not None:
             probe = self.updater.probe(self.probe_rows)
             alerts = report.alerts + self.monitor.judge(batch.step, probe)
-            report = replace(report, metrics={**report.metrics, **probe, **self.monitor.derived}, alerts=alerts)
-        return report
+            report = replace(report, metrics={**report.metrics, **probe}, alerts=alerts)
+        return replace(report, metrics={**report.metrics, **self.monitor.derived})
 
     def _observe_rollouts(self, batch: StepBatch) -> HealthReport:
         """Texts and rewards of the step's rollouts, and the health of all processes' rollouts together."""
@@ -273,6 +273,7 @@ class StableOPDTrainer:
             token_ids=[view.completion.token_ids for view in views],
             advantages=all_advantages(views),
             accuracy=figures.get("reward/right_fraction"),
+            other_budget=self.controller.controls().shortened,
         )
         judged = self.monitor.judge(batch.step, {key: figures[key] for key in figures if key == FAILED_REWARDS})
         report = replace(report, alerts=report.alerts + judged)
@@ -308,17 +309,27 @@ class StableOPDTrainer:
     def _decide(self, step: int) -> tuple[Controls, tuple[Alert, ...]]:
         """What the controller makes of the alarms that are on."""
         if self.controller.checkpoints_needed:
-            self.controller.lost_all_but(checkpoint_steps(self.config.run_dir / "checkpoints"))
+            seen = checkpoint_steps(self.config.run_dir / "checkpoints")
+            self.controller.lost_all_but(gather_object([seen])[0])  # all must decide alike
         return self.controller.decide(step, self.monitor.alarms)
 
     def _roll_back(self, step: int) -> None:
         """Weights, optimizer and the monitor's memory as they were after `step`. Steps and tokens go on counting."""
-        path = checkpoint_path(self.config.run_dir / "checkpoints", step)
-        then = load_checkpoint(path, student=self.student, optimizer=self.updater.optimizer)
+        then = self._load_healthy([step, *reversed(self.controller.checkpoints_needed)])
         self.monitor.load_state_dict(then.monitor)
         self.state.policy_version += 1
         self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
         self.accelerator.wait_for_everyone()
+
+    def _load_healthy(self, steps: Sequence[int]) -> TrainState:
+        """The first of these checkpoints that can be read. Raises: RunFolderError when none can."""
+        for step in steps:
+            path = checkpoint_path(self.config.run_dir / "checkpoints", step)
+            try:
+                return load_checkpoint(path, student=self.student, optimizer=self.updater.optimizer)
+            except RunFolderError as error:
+                self._each_callback("on_note", f"{error}; trying the one before it")
+        raise RunFolderError(f"none of the checkpoints {[*steps]} can be read, so the run cannot be rolled back")
 
     def _update(self, batch: StepBatch, controls: Controls) -> dict[str, float]:
         """All optimizer updates of a step; returns their mean figures."""
@@ -331,7 +342,7 @@ class StableOPDTrainer:
         if batch.rollouts is not None:
             signals, metrics = self._signals(batch)
             if controls.drop_loops:
-                signals = without_loops(signals, batch.rollouts)
+                signals = without_loops(signals, batch.rollouts, self.monitor.settings)
             parts.append(rollout_rows(batch.rollouts, batch.scores, signals, batch.positions))
             if late:
                 batch.teacher_logprobs = torch.zeros_like(batch.rollouts.sampling_logprobs)  # filled by the updates
@@ -482,7 +493,7 @@ class StableOPDTrainer:
             self.state.best_metric, self.state.best_step = accuracy, step
         if not (self._due(step, settings.every_steps) or (best and settings.keep_best) or self.state.stopped):
             return
-        self.controller.saved(step, healthy=not self.monitor.alarms)
+        self.controller.saved(step, self.monitor.alarms)
         self.state.controller = self.controller.state_dict()
         if self.accelerator.is_main_process:
             folder = self.config.run_dir / "checkpoints"

@@ -18,10 +18,18 @@ OPD = Levers(gold_coef=0.0, reference_coef=0.0, has_gold=True, has_reference=Tru
 STABLEOPD = Levers(gold_coef=1.0, reference_coef=0.1, has_gold=True, has_reference=True, max_completion_length=100)
 
 
-def alarm(severity: str = "warning", since: int = 1, cause: str = INFLATION.name, *, easing: bool = False) -> Alarm:
+def alarm(
+    severity: str = "warning",
+    since: int = 1,
+    cause: str = INFLATION.name,
+    *,
+    rule: str = "loops",
+    easing: bool = False,
+    measured_at: int = 10**6,
+) -> Alarm:
     return Alarm(
-        rule="loops", signal="health/loop_token_fraction", severity=severity, since=since, value=0.3, threshold=0.2,
-        cause=cause, easing=easing,
+        rule=rule, signal="health/loop_token_fraction", severity=severity, since=since, value=0.3, threshold=0.2,
+        cause=cause, easing=easing, measured_at=measured_at,
     )  # fmt: skip
 
 
@@ -82,6 +90,31 @@ def test_a_run_that_began_as_stableopd_comes_back_to_its_own_coefficients():
     assert coefs(it.controls()) == (1.0, 0.1)
 
 
+def test_an_alarm_that_was_last_measured_before_a_raise_raises_nothing_more():
+    """A held-out figure stands until the next evaluation."""
+    it = controller(cooldown_steps=4)
+    for step in range(10, 40):
+        it.decide(step, [alarm(measured_at=10)])
+    assert it.level == 1
+    it.decide(40, [alarm(measured_at=40)])
+    assert it.level == 2
+
+
+def test_a_checkpoint_is_healthy_with_an_alarm_that_stabilisation_has_nothing_to_do_with():
+    it = controller("rollback")
+    it.saved(10, [alarm(cause=BUDGET.name)])
+    it.saved(20, [alarm(easing=True)])
+    assert it.checkpoints_needed == (10,)
+
+
+def test_lengths_of_rollouts_that_were_cut_short_are_no_reason_to_act():
+    it = controller(shorten_budget=True, calm_steps=5, cooldown_steps=1)
+    it.decide(1, [alarm("critical")])
+    for step in range(2, 7):
+        it.decide(step, [alarm("critical", rule="truncation")])
+    assert it.level == 1
+
+
 def test_an_alarm_that_eases_neither_raises_nor_counts_as_calm():
     it = controller(calm_steps=5, cooldown_steps=1, levers=STABLEOPD)
     it.decide(1, [alarm()])
@@ -94,7 +127,7 @@ def test_an_alarm_that_eases_neither_raises_nor_counts_as_calm():
 @pytest.mark.parametrize("actions", ["stabilise", "rollback"])
 def test_what_stabilisation_cannot_mend_raises_nothing(actions, cause):
     it = controller(actions)
-    it.saved(1, healthy=True)
+    it.saved(1, [])
     found, said = it.decide(9, [alarm("critical", since=5, cause=cause)])
     assert (found, said) == (it.controls(), ())
     assert it.level == 0
@@ -122,7 +155,7 @@ def test_stop_ends_the_run_on_a_critical_alarm_of_any_cause_and_not_on_a_warning
 def test_a_rollback_goes_to_the_newest_checkpoint_from_before_the_trouble_and_stabilises():
     it = controller("rollback")
     for step, healthy in ((10, True), (20, True), (30, True), (40, False)):
-        it.saved(step, healthy=healthy)
+        it.saved(step, [] if healthy else [alarm()])
     found, said = it.decide(45, [alarm("critical", since=29)])
     assert found.rollback_to == 20
     assert coefs(found) == (3.0, 0.3)
@@ -133,7 +166,7 @@ def test_a_rollback_goes_to_the_newest_checkpoint_from_before_the_trouble_and_st
 def test_a_second_rollback_without_a_checkpoint_in_between_goes_further_back():
     it = controller("rollback", cooldown_steps=5)
     for step in (10, 20, 30):
-        it.saved(step, healthy=True)
+        it.saved(step, [])
     assert it.decide(40, [alarm("critical", since=38)])[0].rollback_to == 30
     assert it.decide(42, [alarm("critical", since=42)])[0].rollback_to is None
     assert it.decide(45, [alarm("critical", since=42)])[0].rollback_to == 20
@@ -141,15 +174,16 @@ def test_a_second_rollback_without_a_checkpoint_in_between_goes_further_back():
 
 def test_without_a_checkpoint_from_before_the_trouble_a_critical_alarm_only_stabilises():
     it = controller("rollback")
-    it.saved(30, healthy=True)
+    it.saved(30, [])
     found, said = it.decide(40, [alarm("critical", since=25)])
     assert found.rollback_to is None
     assert [alert.action for alert in said] == ["raise"]
+    assert "no healthy checkpoint" in said[0].message
 
 
 def test_after_its_last_rollback_the_run_is_stopped():
     it = controller("rollback", max_rollbacks=1, cooldown_steps=5)
-    it.saved(10, healthy=True)
+    it.saved(10, [])
     assert it.decide(20, [alarm("critical", since=15)])[0].rollback_to == 10
     found, said = it.decide(30, [alarm("critical", since=28)])
     assert found.stop
@@ -159,7 +193,7 @@ def test_after_its_last_rollback_the_run_is_stopped():
 def test_checkpoints_that_a_rollback_needs_are_kept_and_those_that_are_gone_forgotten():
     it = controller("rollback")
     for step in (10, 20, 30, 40):
-        it.saved(step, healthy=True)
+        it.saved(step, [])
     assert it.checkpoints_needed == (20, 30, 40)
     it.lost_all_but([20, 40])
     assert it.decide(50, [alarm("critical", since=35)])[0].rollback_to == 20
@@ -171,6 +205,10 @@ def test_levers_that_are_not_there_are_not_moved():
     found, (alert,) = controller(levers=no_gold).decide(1, [alarm()])
     assert coefs(found) == (0.0, 0.1)
     assert "gold" not in alert.message
+    nothing = Levers(gold_coef=0.0, reference_coef=0.0, has_gold=False, has_reference=False, max_completion_length=9)
+    found, (alert,) = controller(levers=nothing).decide(1, [alarm()])
+    assert coefs(found) == (0.0, 0.0)
+    assert alert.message.startswith("There is nothing to raise")
 
 
 def test_looping_rollouts_are_dropped_and_budgets_cut_only_where_that_is_allowed():
@@ -208,8 +246,8 @@ def test_whatever_happens_bounds_and_limits_hold_and_a_stored_state_goes_on_alik
         found, said = it.decide(step, alarms)
         if step >= pause:
             assert again.decide(step, alarms) == (found, said)
-            again.saved(step, healthy=saves)
-        it.saved(step, healthy=saves)
+            again.saved(step, [] if saves else [alarm()])
+        it.saved(step, [] if saves else [alarm()])
         assert levers.gold_coef <= found.gold_coef <= max(levers.gold_coef, options.max_gold_coef)
         assert levers.reference_coef <= found.reference_coef <= max(levers.reference_coef, options.max_reference_coef)
         for alert in said:

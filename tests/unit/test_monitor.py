@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,26 @@ class TestCollapse:
         monitor = HealthMonitor()
         monitor.observe_eval(0, {"eval/math/accuracy": 0.5})
         monitor.observe_eval(20, {"eval/math/accuracy": 0.45})
-        assert said(feed(monitor, [row(length=100 + 3.0 * i) for i in range(60)]))[0] == ("length_growth", "warning")
+        alerts = said(feed(monitor, [row(length=100 + 3.0 * i) for i in range(60)]))
+        assert alerts[:2] == [("length_drift", "warning"), ("length_growth", "warning")]
+
+    def test_growth_that_lasts_is_told_before_it_is_large_and_noise_is_not(self) -> None:
+        rng = random.Random(0)
+        level = [row(length=100 + rng.gauss(0, 8)) for _ in range(200)]
+        assert feed(HealthMonitor(), level) == []
+        grown = [row(length=135 + rng.gauss(0, 8)) for _ in range(20)]
+        alerts = feed(HealthMonitor(), level[:20] + grown)
+        assert said(alerts) == [("length_drift", "warning")]
+        assert alerts[0].step <= 27
+        assert alerts[0].signal == "health/length_drift"
+
+    def test_growth_waits_for_the_evaluation_that_tells_whether_accuracy_grows_too(self) -> None:
+        monitor = HealthMonitor()
+        monitor.observe_eval(0, {"eval/math/accuracy": 0.5})
+        rows = [row(length=100)] * 5 + [row(length=140)] * 10
+        assert feed(monitor, rows) == []
+        monitor.observe_eval(16, {"eval/math/accuracy": 0.5})
+        assert said(monitor.judge(17, row(length=140))) == [("length_drift", "warning")]
 
     def test_held_out_collapse_needs_truncation_to_be_critical(self) -> None:
         fell = {"eval/math/accuracy": 0.5}

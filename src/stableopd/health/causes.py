@@ -82,8 +82,8 @@ REWARD_FUNCTION = Cause(
 )
 UNMEASURED = " Loops were not measured: give the monitor texts or token_ids to tell this from length inflation."
 
-STABILISABLE = frozenset(cause.name for cause in (INFLATION, UNLEARNS_STOPPING, DRIFT, EARLY_LOOPS, FORGETTING))
-"""Causes against which golden solutions and the tie to the initial student help."""
+STABILISABLE = frozenset(cause.name for cause in (INFLATION, UNLEARNS_STOPPING, DRIFT, EARLY_LOOPS))
+"""Causes that are length inflation or lead to it: golden solutions and the tie to the initial student help."""
 
 
 def why_without_updates(step: int, num_steps: int, *, empty: bool) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from stableopd.health.causes import STABILISABLE
 from stableopd.health.monitor import Alarm
+from stableopd.health.rules import OF_LENGTH
 from stableopd.types import Alert, Severity
 
 Actions = Literal["off", "warn", "stabilise", "rollback", "stop"]
@@ -70,6 +71,8 @@ class Controls:
     gold_coef: float
     reference_coef: float
     max_completion_length: int
+    shortened: bool = False
+    """The budget is not the configured one."""
     drop_loops: bool = False
     rollback_to: int | None = None
     """Go back to the checkpoint of this step in place of the update."""
@@ -126,11 +129,13 @@ class HealthController:
             return self._stop(step, critical[0], "health.actions=stop")
         if not self.settings.may_stabilise:
             return self.controls(), ()
-        mendable = [alarm for alarm in alarms if alarm.cause in STABILISABLE]
+        mendable = self._mendable(alarms)
         if not mendable:
             return self._decay(step)
         self._state.calm_since = step
-        mendable = [alarm for alarm in mendable if not alarm.easing]
+        # What was measured before the last raise says nothing of its effect.
+        last = -1 if self._state.raised_at is None else self._state.raised_at
+        mendable = [alarm for alarm in mendable if not alarm.easing and alarm.measured_at > last]
         if not mendable:
             return self.controls(), ()
         worst = max(mendable, key=lambda alarm: (alarm.severity == "critical", -alarm.since))
@@ -141,14 +146,14 @@ class HealthController:
             target = self._newest_healthy(min(alarm.since for alarm in mendable))
             if target is not None:
                 return self._roll_back(step, worst, target)
+            return self._raise(step, worst, "there is no healthy checkpoint from before it to go back to")
         if self._rested(step, self._state.raised_at) or (critical_now and self._state.level < CRITICAL_LEVEL):
             return self._raise(step, worst)
         return self.controls(), ()
 
     def controls(self) -> Controls:
         """What holds now."""
-        level, levers, settings = self._state.level, self.levers, self.settings
-        shortened = settings.shorten_budget and level >= CRITICAL_LEVEL
+        level, levers, settings, shortened = self._state.level, self.levers, self.settings, self._shortened
         return Controls(
             gold_coef=self._coef(levers.gold_coef, FIRST_GOLD, settings.max_gold_coef, levers.has_gold),
             reference_coef=self._coef(
@@ -157,6 +162,7 @@ class HealthController:
             max_completion_length=max(1, levers.max_completion_length // 2)
             if shortened
             else levers.max_completion_length,
+            shortened=shortened,
             drop_loops=settings.drop_loops and level >= 1,
         )
 
@@ -171,9 +177,9 @@ class HealthController:
             "controller/reference_coef": controls.reference_coef,
         }
 
-    def saved(self, step: int, *, healthy: bool, keep: int = 3) -> None:
-        """A checkpoint was written at `step`; `healthy`: with no alarm on."""
-        if healthy:
+    def saved(self, step: int, alarms: Iterable[Alarm], keep: int = 3) -> None:
+        """A checkpoint was written at `step`, with these alarms on: healthy if none of them is length inflation."""
+        if not self._mendable(alarms):
             self._state.healthy = [*(s for s in self._state.healthy if s < step), step][-keep:]
 
     def lost_all_but(self, steps: Collection[int]) -> None:
@@ -190,13 +196,25 @@ class HealthController:
 
     # ------------------------------------------------------------------ actions
 
-    def _raise(self, step: int, alarm: Alarm) -> tuple[Controls, tuple[Alert, ...]]:
-        state, before = self._state, self.controls()
+    def _mendable(self, alarms: Iterable[Alarm]) -> list[Alarm]:
+        """Alarms that stabilisation helps against. Rollouts that were cut short by us tell nothing of length."""
+        shortened = self._shortened
+        return [a for a in alarms if a.cause in STABILISABLE and not (shortened and a.rule in OF_LENGTH)]
+
+    @property
+    def _shortened(self) -> bool:
+        return self.settings.shorten_budget and self._state.level >= CRITICAL_LEVEL
+
+    def _raise(self, step: int, alarm: Alarm, note: str = "") -> tuple[Controls, tuple[Alert, ...]]:
+        state, before, level = self._state, self.controls(), self._state.level
         state.level = min(MAX_LEVEL, max(state.level + 1, CRITICAL_LEVEL if alarm.severity == "critical" else 1))
         if self.levers.gold_coef == 0 or self.levers.reference_coef == 0:
             state.floor = 1
         state.raised_at = step
-        return self.controls(), self._log(step, before, alarm, "raise", f"after {_named(alarm)}")
+        if state.level == level:  # nothing is left to raise, which was said when it was reached
+            return self.controls(), ()
+        why = f"after {_named(alarm)}" + (f"; {note}" if note else "")
+        return self.controls(), self._log(step, before, alarm, "raise", why)
 
     def _roll_back(self, step: int, alarm: Alarm, target: int) -> tuple[Controls, tuple[Alert, ...]]:
         """Stronger stabilisation too: the same steps from the same weights would end the same way.
@@ -253,9 +271,16 @@ class HealthController:
             if was != is_now
         ]
         verb = "Raised" if action == "raise" else "Lowered"
-        said = [self._alert(step, alarm, action, f"{verb} {' and '.join(changes)} {why}")] if changes else []
+        text = (
+            f"{verb} {' and '.join(changes)} {why}"
+            if changes
+            else f"There is nothing to raise, neither gold nor reference being at hand, {why}"
+        )
+        said = [self._alert(step, alarm, action, text)] if changes or action == "raise" else []
         if now.drop_loops and not before.drop_loops:
-            said.append(self._alert(step, alarm, "drop_loops", f"Looping rollouts are left out of the loss {why}"))
+            said.append(
+                self._alert(step, alarm, "drop_loops", f"Looping rollouts are left out of the distillation loss {why}")
+            )
         if now.max_completion_length < before.max_completion_length:
             text = f"Rollouts end after {now.max_completion_length} tokens, half of their budget, {why}"
             said.append(self._alert(step, alarm, "shorten", text))

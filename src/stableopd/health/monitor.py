@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from stableopd.errors import ConfigError
 from stableopd.health import signals
-from stableopd.health.rules import History, Reading, read_all
+from stableopd.health.rules import MAX_LENGTH, MEAN_LENGTH, TRUNCATION, History, Reading, read_all
 from stableopd.types import Alert, HealthReport, Severity
 
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "critical")
@@ -30,6 +30,7 @@ _AT_LEAST = {
     "cooldown_steps": 0,
 }
 _OF_ALERT = ("rule", "signal", "severity", "since", "value", "threshold", "cause")
+_OF_BUDGET = frozenset({MAX_LENGTH, MEAN_LENGTH, TRUNCATION})
 _PAIRS = (
     ("repetition_warning", "repetition_critical"),
     ("loop_warning", "loop_critical"),
@@ -75,9 +76,12 @@ class MonitorSettings:
     """Mean length as a multiple of the baseline."""
     stop_probe_drop_warning: float = 0.3
     """Fall of `health/stop_probe`, relative to its baseline."""
-    probe_slack: float = 0.08
-    probe_sunk_warning: float = 0.1
+    ending_slack: float = 0.08
+    ending_drift_warning: float = 0.1
     """Fall of `health/ending_probe` below its baseline, relative to it, beyond the slack, summed over steps (CUSUM)."""
+    length_slack: float = 0.2
+    length_drift_warning: float = 0.5
+    """Growth of the mean length, likewise."""
     accuracy_drop_warning: float = 0.10
     accuracy_drop_critical: float = 0.15
     """Fall of held-out accuracy below its best; critical only with more than half of the answers truncated."""
@@ -111,13 +115,13 @@ class MonitorSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alarm:
-    """A rule that has raised an alert which is not over."""
+    """A rule whose signal is beyond a level, or was and has not come back far enough."""
 
     rule: str
     signal: str
     severity: Severity
     since: int
-    """First step of the stretch that raised it."""
+    """First step of the stretch beyond the warning level."""
     value: float
     """When it was last measured."""
     threshold: float
@@ -126,6 +130,8 @@ class Alarm:
     """See `Alert.cause`."""
     easing: bool
     """The value is back on the good side of the warning level, but not far enough for the alarm to be over."""
+    measured_at: int
+    """Step at which it was last measured."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -139,11 +145,13 @@ class _Latch:
     calm: int = 0
     muted_level: int = 0
     muted_until: int = 0
+    muted: bool = False
+    """The level that is on was not announced, as it came back too soon after the last time."""
     alarm: dict[str, Any] | None = None
-    """Of the alert that is on; see `Alarm`."""
+    """Of the level that is on; see `Alarm`."""
 
     def advance(self, step: int, reading: Reading, cooldown_steps: int) -> int:
-        """Take in a reading; the level of the alert to raise, or 0."""
+        """Take in a reading; the level that is newly reached, or 0."""
         for level in (1, 2):
             if reading.level < level:
                 self.streak[level] = 0
@@ -152,22 +160,24 @@ class _Latch:
             self.streak[level] += 1
         self.calm = self.calm + 1 if reading.calm else 0
         if self.level and self.calm >= reading.patience:
-            self.muted_level, self.muted_until, self.level = self.level, step + cooldown_steps, 0
-            self.alarm = None
+            if not self.muted:
+                self.muted_level, self.muted_until = self.level, step + cooldown_steps
+            self.level, self.alarm = 0, None
         if self.alarm:
-            self.alarm.update(value=reading.value, cause=reading.cause.name, easing=reading.level == 0)
+            now = {"value": reading.value, "cause": reading.cause.name, "easing": reading.level == 0}
+            self.alarm.update(now, measured_at=step)
         reached = max(lvl for lvl in (0, 1, 2) if lvl == 0 or self.streak[lvl] >= reading.patience_of(lvl))
-        muted = reached <= self.muted_level and step < self.muted_until
-        if reached <= self.level or muted:
+        if reached <= self.level:
             return 0
         self.level = reached
+        self.muted = reached <= self.muted_level and step < self.muted_until
         return reached
 
 
 class HealthMonitor:
     """Turns the rollouts of each step into a `HealthReport` with figures and alerts.
 
-    Rules: `length_over_expected`, `length_growth`, `truncation`, `repetition`, `loops`, `stop_probe`,
+    Rules: `length_over_expected`, `length_growth`, `length_drift`, `truncation`, `repetition`, `loops`, `stop_probe`,
     `ending_probe`, `skipped_updates`, `reward_failures`, `eval_accuracy`, `eval_truncation`. A rule raises an alert on
     entering the warning or critical level, and again only on escalation, or after it has come back below its release
     level and cooled down.
@@ -189,8 +199,11 @@ class HealthMonitor:
         token_ids: Sequence[ArrayLike] | None = None,
         advantages: Sequence[ArrayLike] | None = None,
         accuracy: float | None = None,
+        other_budget: bool = False,
     ) -> HealthReport:
         """Health of one step's rollouts: the figures of `measure_rollouts` and the alerts that they raise.
+
+        With `other_budget` lengths and truncation are measured and not judged: they compare with no other step's.
 
         Args: one entry per rollout: length in tokens with the end token, finish reason, text, token ids [T],
         advantages [T] (nats); accuracy is the share of these rollouts that are right.
@@ -210,7 +223,8 @@ class HealthMonitor:
             min_loop_tokens=settings.loop_min_tokens,
             ngram=settings.ngram,
         )
-        return HealthReport(step=step, metrics=metrics, alerts=self.judge(step, metrics))
+        judged = {key: value for key, value in metrics.items() if not (other_budget and key in _OF_BUDGET)}
+        return HealthReport(step=step, metrics=metrics, alerts=self.judge(step, judged))
 
     def advantage_figures(self, token_ids: Sequence[ArrayLike], advantages: Sequence[ArrayLike]) -> dict[str, float]:
         """The figures of `observe` that need advantages, for those that become known after it; no alerts.
@@ -248,18 +262,20 @@ class HealthMonitor:
             level = latch.advance(step, reading, self.settings.cooldown_steps)
             if level:
                 alert = _alert(rule, level, step, latch.since[level], reading)
-                latch.alarm = {name: getattr(alert, name) for name in _OF_ALERT} | {"easing": False}
-                alerts.append(alert)
+                latch.alarm = {name: getattr(alert, name) for name in _OF_ALERT}
+                latch.alarm |= {"since": latch.since[1], "easing": False, "measured_at": step}
+                if not latch.muted:
+                    alerts.append(alert)
         return tuple(alerts)
 
     @property
     def derived(self) -> dict[str, float]:
-        """`health/ending_drift`, which the rule `ending_probe` looks at: worth logging beside what was measured."""
+        """What the drift rules look at, by metric key: worth logging beside what was measured."""
         return self._history.derived()
 
     @property
     def alarms(self) -> tuple[Alarm, ...]:
-        """The alerts that are not over."""
+        """The levels that are on: alerts that are not over, and such as came back too soon to be announced again."""
         return tuple(Alarm(**latch.alarm) for latch in self._latches.values() if latch.alarm)
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from stableopd.health.causes import (
     BUDGET,
@@ -43,7 +43,12 @@ ENDING_DRIFT = "health/ending_drift"
 SKIPPED = "skipped_updates"
 SKIPPED_WITHOUT_TOKENS = "skipped_updates/no_tokens"
 FAILED_REWARDS = "reward/failed_fraction"
-TRACKED = (MEAN_LENGTH, TRUNCATION, ACCURACY, REPETITION, LOOPS, STOP_PROBE, ENDING_PROBE)
+NEAR_LOOPS = "health/near_loop_token_fraction"
+LENGTH_DRIFT = "health/length_drift"
+"""The monitor's own: how far the mean length has grown (CUSUM)."""
+TRACKED = (MEAN_LENGTH, TRUNCATION, ACCURACY, REPETITION, LOOPS, NEAR_LOOPS, STOP_PROBE, ENDING_PROBE)
+OF_LENGTH = frozenset({"length_over_expected", "length_growth", "length_drift", "truncation"})
+"""Rules that compare lengths with a budget or with those of other steps."""
 
 NEVER = math.inf
 NEVER_STOPS = 0.95
@@ -91,20 +96,30 @@ class Reading:
 
 @dataclass(kw_only=True, slots=True)
 class Series:
-    """The first values of a signal (its baseline), the last ones (its window), and how far it has sunk (CUSUM)."""
+    """The first values of a signal (its baseline), the last ones (its window), and how far it has drifted (CUSUM)."""
 
     first: list[float] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
-    sunk: float = 0.0
-    """Sum of what the signal lies below its baseline, relative to it, beyond a slack a step; never below 0."""
+    drift: float = 0.0
+    """Sum of the signal's relative change from its baseline, to the bad side, beyond a slack a step; never below 0."""
 
-    def push(self, value: float, settings: MonitorSettings) -> None:
+    def push(self, value: float, settings: MonitorSettings, drift: _Drift | None) -> None:
         if len(self.first) < settings.baseline_steps:
             self.first.append(value)
-        elif self.first and (start := _mean(self.first)):
-            most = 2 * settings.probe_sunk_warning  # a long alarm must not take as long to end
-            self.sunk = min(max(self.sunk + 1 - value / start - settings.probe_slack, 0.0), most)
+        elif drift and (start := _mean(self.first)):
+            change = (value / start - 1) * drift.bad_side - drift.slack
+            # Bounded, since a long alarm must not take as long to end.
+            self.drift = min(max(self.drift + change, 0.0), 2 * drift.warning)
         self.recent = [*self.recent, value][-settings.window :]
+
+
+class _Drift(NamedTuple):
+    """What counts as drift of a signal."""
+
+    bad_side: int
+    """1 where growing is bad, −1 where falling is."""
+    slack: float
+    warning: float
 
 
 @dataclass(kw_only=True, slots=True)
@@ -114,6 +129,8 @@ class EvalSeries:
     first: float
     best: float
     last: float
+    num: int = 1
+    """How often it was measured."""
 
 
 class History:
@@ -123,6 +140,10 @@ class History:
         self.settings = settings
         self.series: dict[str, Series] = {}
         self.evals: dict[str, EvalSeries] = {}
+        self._drifts = {
+            ENDING_PROBE: _Drift(-1, settings.ending_slack, settings.ending_drift_warning),
+            MEAN_LENGTH: _Drift(1, settings.length_slack, settings.length_drift_warning),
+        }
 
     def push(self, metrics: Mapping[str, float]) -> None:
         for key, figure in metrics.items():
@@ -130,10 +151,11 @@ class History:
                 continue
             value = float(figure)
             if key in TRACKED:
-                self.series.setdefault(key, Series()).push(value, self.settings)
-            elif key.startswith("eval/") and key.endswith(("/accuracy", "/truncation_rate")):
-                before = self.evals.get(key, EvalSeries(first=value, best=value, last=value))
-                self.evals[key] = EvalSeries(first=before.first, best=max(before.best, value), last=value)
+                self.series.setdefault(key, Series()).push(value, self.settings, self._drifts.get(key))
+            elif key.startswith("eval/") and key.endswith(("/accuracy", "/truncation_rate", "/repetition_rate")):
+                before = self.evals.get(key, EvalSeries(first=value, best=value, last=value, num=0))
+                best = max(before.best, value)
+                self.evals[key] = EvalSeries(first=before.first, best=best, last=value, num=before.num + 1)
 
     def now(self, key: str) -> float | None:
         """Mean of the last `window` steps; None if never measured."""
@@ -146,13 +168,14 @@ class History:
         complete = series and series.first and len(series.first) == self.settings.baseline_steps
         return _mean(series.first) if series and complete else None
 
-    def sunk(self, key: str) -> float:
-        """How far a signal has sunk; see `Series.sunk`."""
-        return self.series[key].sunk if key in self.series else 0.0
+    def drift(self, key: str) -> float:
+        """How far a signal has drifted; see `Series.drift`."""
+        return self.series[key].drift if key in self.series else 0.0
 
     def derived(self) -> dict[str, float]:
         """Figures that the history makes of those that it is given, by metric key."""
-        return {ENDING_DRIFT: self.sunk(ENDING_PROBE)} if self.baseline(ENDING_PROBE) else {}
+        pairs = ((ENDING_DRIFT, ENDING_PROBE), (LENGTH_DRIFT, MEAN_LENGTH))
+        return {name: self.drift(key) for name, key in pairs if self.baseline(key)}
 
     def eval_truncation(self, name: str) -> float | None:
         """Last truncation rate on a held-out set, of greedy decoding where there is some."""
@@ -160,6 +183,12 @@ class History:
             if key in self.evals:
                 return self.evals[key].last
         return None
+
+    def repeats_more(self, name: str) -> bool:
+        """Whether answers on a held-out set have become repetitive, however they are decoded."""
+        keys = (f"eval/{name}/repetition_rate", f"eval/{name}_greedy/repetition_rate")
+        found = [self.evals[key] for key in keys if key in self.evals]
+        return any(series.last > series.first + self.settings.repetition_warning for series in found)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -179,6 +208,7 @@ def read_all(metrics: Mapping[str, float], history: History) -> Iterator[tuple[s
     rules = {
         "length_over_expected": (MAX_LENGTH, _length_over_expected),
         "length_growth": (MEAN_LENGTH, _length_growth),
+        "length_drift": (MEAN_LENGTH, _length_drift),
         "truncation": (TRUNCATION, _truncation),
         "repetition": (REPETITION, _repetition),
         "loops": (LOOPS, _loops),
@@ -197,7 +227,7 @@ def read_all(metrics: Mapping[str, float], history: History) -> Iterator[tuple[s
             continue
         if key.endswith("/accuracy"):
             yield "eval_accuracy", _eval_accuracy(key, history)
-        else:
+        elif key.endswith("/truncation_rate"):
             yield "eval_truncation", _eval_truncation(key, history)
 
 
@@ -237,6 +267,27 @@ def _length_growth(metrics: Mapping[str, float], history: History) -> Reading | 
         cause=_cause(history),
         patience=settings.patience,
         excused=_grows_for_a_reason(history),
+    )
+
+
+def _length_drift(metrics: Mapping[str, float], history: History) -> Reading | None:
+    """Sees a growth that has begun and lasts before it is as large as `length_growth` asks for."""
+    settings, now, baseline = history.settings, history.now(MEAN_LENGTH), history.baseline(MEAN_LENGTH)
+    if now is None or not baseline:
+        return None
+    warning = settings.length_drift_warning
+    return Reading(
+        signal=LENGTH_DRIFT,
+        value=history.drift(MEAN_LENGTH),
+        warning=warning,
+        critical=NEVER,
+        release=_release(warning, 0.0, settings),
+        seen=f"Completions have {now:.1f} tokens on average ({_window(settings)}; {baseline:.1f} in the first "
+        f"{settings.baseline_steps} steps); what they are longer beyond {settings.length_slack:.0%} a step adds up to "
+        f"{history.drift(MEAN_LENGTH):.2f}",
+        cause=_cause(history),
+        patience=1,
+        excused=_grows_for_a_reason(history) or _waits_for_evaluation(history),
     )
 
 
@@ -318,16 +369,16 @@ def _ending_probe(metrics: Mapping[str, float], history: History) -> Reading | N
     settings, now, baseline = history.settings, history.now(ENDING_PROBE), history.baseline(ENDING_PROBE)
     if now is None or not baseline:
         return None
-    warning = settings.probe_sunk_warning
+    warning = settings.ending_drift_warning
     return Reading(
         signal=ENDING_DRIFT,
-        value=history.sunk(ENDING_PROBE),
+        value=history.drift(ENDING_PROBE),
         warning=warning,
         critical=NEVER,
         release=_release(warning, 0.0, settings),
         seen=f"The student ends golden solutions as they end with probability {now:.3f} ({_window(settings)}; "
         f"{baseline:.3f} in the first {settings.baseline_steps} steps); what it lacks beyond "
-        f"{settings.probe_slack:.0%} a step adds up to {history.sunk(ENDING_PROBE):.2f}",
+        f"{settings.ending_slack:.0%} a step adds up to {history.drift(ENDING_PROBE):.2f}",
         cause=UNLEARNS_STOPPING,
         patience=1,
     )
@@ -398,7 +449,7 @@ def _eval_truncation(key: str, history: History) -> Reading:
         critical=NEVER,
         release=_release(warning, min(series.first, warning), settings),
         seen=f"{series.last:.0%} of the held-out answers on {name} run out of budget ({series.first:.0%} at first)",
-        cause=EARLY_LOOPS if series.last > series.first + settings.truncation_rise_warning / 2 else BUDGET,
+        cause=EARLY_LOOPS if _loops_seen(history) or history.repeats_more(name) else BUDGET,
         patience=1,
     )
 
@@ -424,7 +475,10 @@ def _cause(history: History) -> Cause:
 def _loops_seen(history: History) -> bool:
     settings = history.settings
     loops, repetition = history.now(LOOPS) or 0.0, history.now(REPETITION) or 0.0
-    return loops > settings.loop_warning or repetition > settings.repetition_warning
+    # Tables and lists are near loops too, so that only a rise counts.
+    near = (history.now(NEAR_LOOPS) or 0.0) - (history.baseline(NEAR_LOOPS) or 0.0)
+    exact = loops > settings.loop_warning or repetition > settings.repetition_warning
+    return exact or near > settings.loop_critical
 
 
 def _grows_for_a_reason(history: History) -> bool:
@@ -439,6 +493,11 @@ def _grows_for_a_reason(history: History) -> bool:
     rises = [truncation_rise, *(series.last - series.first for series in cut_off)]
     truncates_more = any(rise > settings.truncation_rise_warning for rise in rises)
     return bool(accuracy) and all(accuracy) and not truncates_more and not _loops_seen(history)
+
+
+def _waits_for_evaluation(history: History) -> bool:
+    """Whether the next evaluation will be the first to tell if accuracy grows too."""
+    return any(series.num == 1 for key, series in history.evals.items() if key.endswith("/accuracy"))
 
 
 def _rise(baseline: float, rise: float) -> float:

@@ -100,8 +100,8 @@ def truncation_rate(finish_reasons: Iterable[str]) -> float:
 def length_stats(lengths: Iterable[int], finish_reasons: Sequence[str]) -> dict[str, float]:
     """Mean, extremes and quantiles of the lengths in tokens, and the truncated share, by metric key.
 
-    The `*_terminated_length` keys look at rollouts that ended with "stop" alone and are left out
-    when there are none. Quantiles are interpolated linearly. No rollouts -> {}.
+    The `*_terminated_length` keys look at rollouts that ended with "stop" alone, the `*_truncated_length` keys at
+    those that were cut, and are left out when there are none. Quantiles are interpolated linearly. No rollouts -> {}.
     Raises: as many lengths as reasons are needed -> ValueError.
     """
     rows = list(zip(lengths, finish_reasons, strict=True))
@@ -109,8 +109,10 @@ def length_stats(lengths: Iterable[int], finish_reasons: Sequence[str]) -> dict[
         return {}
     all_lengths = np.array([length for length, _ in rows])
     terminated = np.array([length for length, reason in rows if reason == "stop"])
+    truncated = np.array([length for length, reason in rows if reason in TRUNCATED_REASONS])
     quantiles = np.quantile(all_lengths, (0.5, 0.9, 0.99))
     stats = _spread(all_lengths, "length") | _spread(terminated, "terminated_length")
+    stats |= _spread(truncated, "truncated_length")
     stats |= {f"completions/length_p{q}": float(x) for q, x in zip((50, 90, 99), quantiles, strict=True)}
     return stats | {"completions/clipped_ratio": truncation_rate(finish_reasons)}
 
