@@ -77,7 +77,7 @@ def _cell(run: Run, root: Path) -> str:
     record = read_run(run.folder(root))
     accuracy = late_accuracy(record)
     cut_off = record.series("eval/validation_greedy/truncation_rate")[-1][1]
-    actions = Counter(alert["action"] for alert in record.alerts if alert.get("rule") == "controller")
+    actions = Counter(alert.action for alert in record.alerts if alert.rule == "controller")
     done = ", ".join(f"{count} {action}" for action, count in actions.items())
     collapsed = " C" if ever_collapsed(record.metrics) else ""
     return f"{accuracy:.3f} / {cut_off:.2f}{collapsed}" + (f" ({done})" if done else "")

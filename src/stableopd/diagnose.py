@@ -24,6 +24,7 @@ from stableopd.health.verdict import Status, Verdict, judge_run
 from stableopd.reading import Place
 from stableopd.rollout_figures import RolloutFigures, Sample, StepFigures, Unit
 from stableopd.rollout_files import Advance, Broken, Format, RolloutFile, Source, find_sources
+from stableopd.runfolder import monitor_settings
 from stableopd.types import Alert, Severity
 
 MIN_ROLLOUTS = 32
@@ -218,6 +219,7 @@ class _Reading:
         """The rows of the run's metrics.jsonl by step; a step back is a resumed run, which replaces what followed."""
         assert self.source.run_folder is not None
         path, rows = self.source.run_folder / "metrics.jsonl", dict[int, dict[str, float]]()
+        last_step = 0
         for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             try:
                 row = json.loads(line) if line.strip() else None
@@ -228,7 +230,9 @@ class _Reading:
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 self._note_broken(Broken(Place(str(path), "line", number), "it is not a JSON object with a step"))
                 continue
-            rows = {step: before for step, before in rows.items() if step <= row["step"]}
+            if row["step"] < last_step:
+                rows = {step: before for step, before in rows.items() if step <= row["step"]}
+            last_step = row["step"]
             figures = {
                 key: float(value) for key, value in row.items() if is_number(value) and not _NOT_HEALTH.match(key)
             }
@@ -460,10 +464,6 @@ def _row(points: Sequence[Point], unit: Unit, rewards_are_accuracy: bool) -> Ste
     )
 
 
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
 def _settings_of(folder: Path | None) -> MonitorSettings | None:
     """The thresholds that the run itself was watched with; None where its config.yaml does not tell."""
     path = folder / "config.yaml" if folder else None
@@ -471,13 +471,9 @@ def _settings_of(folder: Path | None) -> MonitorSettings | None:
         return None
     try:
         config = yaml.safe_load(path.read_bytes())
-        health = dict(config["health"])
-        health |= health.pop("thresholds", None) or {}
-        return MonitorSettings(
-            **{spec.name: health[spec.name] for spec in fields(MonitorSettings) if spec.name in health}
-        )
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         return None
+    return monitor_settings(config) if isinstance(config, dict) else None
 
 
 # ------------------------------------------------------------------------------------ JSON

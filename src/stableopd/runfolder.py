@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from math import isfinite, nan
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from stableopd.errors import RunFolderError
+from stableopd.health.monitor import MonitorSettings
 from stableopd.health.verdict import Verdict, judge_run
 from stableopd.types import Alert
 
@@ -176,6 +177,19 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config or {}, dict):
         raise RunFolderError(f"{path}: a configuration is a mapping of keys to values, not {type(config).__name__}")
     return config or {}
+
+
+def monitor_settings(config: Mapping[str, Any]) -> MonitorSettings | None:
+    """The thresholds that a run was watched with; None where its configuration does not tell."""
+    health = config.get("health")
+    if not isinstance(health, Mapping):
+        return None
+    thresholds = health.get("thresholds")
+    known = {**health, **(thresholds if isinstance(thresholds, Mapping) else {})}
+    try:
+        return MonitorSettings(**{s.name: known[s.name] for s in fields(MonitorSettings) if s.name in known})
+    except (TypeError, ValueError):
+        return None
 
 
 def _read_environment(path: Path) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import numpy as np
 import yaml
 
 from stableopd.health import HealthMonitor, Verdict, is_repetitive, judge_run, loop_mask
-from stableopd.health.rules import LOOPS, MEAN_LENGTH, REPETITION, TRUNCATION, is_number
+from stableopd.health.monitor import MonitorSettings
+from stableopd.health.rules import LOOPS, MEAN_LENGTH, REPETITION, TRUNCATION, is_number, window_of
 from stableopd.health.signals import TRUNCATED_REASONS
 from stableopd.runfolder import parse_alert
 from stableopd.tailing import FileTail
@@ -33,8 +34,6 @@ CHARACTERS = "characters/mean_length"
 """Mean length of rollouts whose number of tokens is not told."""
 LOT = 64
 """Rollouts that make a step where the lines name none."""
-WINDOW = 5
-"""Steps over which a signal is averaged to see whether an alert still stands."""
 STANDS_STEPS = 20
 """An alert whose value cannot be held against its signal stands for so many steps."""
 SAME_SCALE = 0.1
@@ -100,8 +99,8 @@ class Snapshot:
 
 
 def _recent(points: Sequence[tuple[int, float]], signal: str, *, until: int) -> float | None:
-    """What the monitor looks at: the mean of the last steps, of held-out figures the last one."""
-    values = [value for step, value in points if step <= until][-1 if signal.startswith("eval/") else -WINDOW :]
+    """What the monitor looks at: the mean of the last steps, of held-out figures and drifts the last one."""
+    values = [value for step, value in points if step <= until][-window_of(signal, MonitorSettings()) :]
     return sum(values) / len(values) if values else None
 
 

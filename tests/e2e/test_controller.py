@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from typer.testing import CliRunner
 
 from stableopd.cli import STOPPED, app
@@ -101,6 +103,36 @@ def test_rollback_puts_back_the_weights_and_optimizer_of_the_checkpoint_and_goes
     assert trainer.state.step == 14
 
 
+def test_a_rollback_puts_back_adapters_too(settings, tmp_path):
+    """Thresholds so low that chance crosses them."""
+
+    class Seen(Callback):
+        def __init__(self):
+            self.adapters = {}
+
+        def on_step_end(self, trainer, metrics, alerts):
+            state = get_peft_model_state_dict(trainer.student)
+            self.adapters[metrics["step"]] = {name: tensor.clone() for name, tensor in state.items()}
+
+    low = {
+        "baseline_steps": 4, "window": 1, "patience": 1, "length_growth_warning": 1.01, "length_growth_critical": 1.02,
+        "truncated_warning": 0.99, "truncation_rise_warning": 0.9, "truncation_rise_critical": 0.9,
+    }  # fmt: skip
+    wanted = settings(actions="rollback", thresholds=low)
+    wanted["student"] = {**wanted["student"], "lora": {"r": 2}}
+    wanted["checkpoint"] = {"every_steps": 2, "keep_best": False}
+    wanted["optimizer"] = {"learning_rate": 1e-2}
+    seen = Seen()
+    trainer = StableOPDTrainer(args=StableOPDConfig(**wanted), callbacks=[seen])
+    trainer.train()
+    step, alert = next((a["step"], a) for a in rows(trainer, "alerts.jsonl") if a["action"] == "rollback")
+    target = int(re.search(r"of step (\d+)", alert["message"])[1])
+    assert target < step - 1
+    for name, tensor in seen.adapters[target].items():
+        assert torch.equal(tensor, seen.adapters[step][name])
+    assert any(not torch.equal(seen.adapters[step - 1][name], tensor) for name, tensor in seen.adapters[target].items())
+
+
 @pytest.mark.parametrize("stop_after", [FAULT_AT, FAULT_AT + 1, FAULT_AT + 2, 11])
 def test_a_run_with_a_rollback_resumes_to_the_same_end(settings, stop_after, tmp_path):
     whole = run(settings(actions="rollback"))
@@ -148,13 +180,31 @@ def test_off_raises_no_alerts_and_warn_does_nothing_else(settings):
     assert not actions(warn)
 
 
-def test_looping_rollouts_are_left_out_of_the_loss_while_stabilising(settings):
-    trainer = run(settings(actions="stabilise", controller={"drop_loops": True, "shorten_budget": True}))
-    assert {action for _, action in actions(trainer)} >= {"raise", "drop_loops", "shorten"}
-    after = [row for row in rows(trainer, "metrics.jsonl") if row["step"] > FAULT_AT + 1]
-    assert max(row["completions/max_length"] for row in after) <= 12
-    everything_loops = [row for row in after if row["health/loop_token_fraction"] == 1.0]
-    assert all("loss/distill" not in row for row in everything_loops)
+def test_a_shortened_budget_holds_from_the_second_level_on(settings):
+    trainer = run(settings(actions="stabilise", controller={"shorten_budget": True}))
+    assert "shorten" in {action for _, action in actions(trainer)}
+    after = [row for row in rows(trainer, "metrics.jsonl")[1:] if row["controller/level"] >= 2]
+    longest = [row["completions/max_length"] for row in after if row["step"] > FAULT_AT + 1]
+    assert longest
+    assert max(longest) <= 12
+
+
+def test_looping_rollouts_have_no_distillation_loss_while_stabilising(settings):
+    """After the fault next to all rollouts loop; where all do, nothing is left to distil."""
+    kept = run(settings(actions="stabilise"))
+    dropped = run(
+        {
+            **settings(actions="stabilise", controller={"drop_loops": True}),
+            "output_dir": str(kept.config.run_dir) + "-dropped",
+        }
+    )
+    assert "drop_loops" in {action for _, action in actions(dropped)}
+    first = FAULT_AT + 1
+    before, after = (
+        [row.get("loss/distill") for row in rows(trainer, "metrics.jsonl") if row["step"] == first]
+        for trainer in (kept, dropped)
+    )
+    assert before != after, "the same rollouts, but for those that loop"
 
 
 def test_without_gold_in_the_data_only_the_reference_is_raised(settings, tmp_path, dataset):

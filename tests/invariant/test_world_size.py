@@ -97,6 +97,26 @@ def test_two_processes_reward_what_one_process_rewards(run_settings, tmp_path):
     assert_two_processes_give_the_run_of_one(settings, tmp_path)
 
 
+@pytest.mark.slow
+def test_two_processes_decide_alike_and_roll_back_together(run_settings, tmp_path):
+    """Thresholds so low that chance crosses them; the alarms then are the same in both runs."""
+    low = {
+        "baseline_steps": 2, "window": 1, "patience": 1, "length_growth_warning": 1.01, "length_growth_critical": 1.02,
+        "truncated_warning": 0.99, "truncation_rise_warning": 0.9, "truncation_rise_critical": 0.9,
+    }  # fmt: skip
+    settings = run_settings(
+        max_steps=6, method="opd", seed=1, checkpoint={"every_steps": 1}, optimizer={"learning_rate": 1e-3},
+        health={"actions": "rollback", "tail_chars": 1000, "thresholds": low},
+    )  # fmt: skip
+    assert_two_processes_give_the_run_of_one(settings, tmp_path)
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "alerts.jsonl").read_text().splitlines()]
+        for name in ("run1", "run2")
+    )
+    assert "rollback" in {alert["action"] for alert in one}
+    assert [(a["step"], a["rule"], a["action"]) for a in one] == [(a["step"], a["rule"], a["action"]) for a in two]
+
+
 SCRIPT = """
 import json, sys
 import torch

@@ -203,6 +203,12 @@ class History:
         self.evals = {key: EvalSeries(**series) for key, series in state["evals"].items()}
 
 
+def window_of(signal: str, settings: MonitorSettings) -> int:
+    """Over how many measurements the rules average a signal before they look at it."""
+    as_it_is = signal.startswith("eval/") or signal in (MAX_LENGTH, ENDING_DRIFT, LENGTH_DRIFT, SKIPPED, FAILED_REWARDS)
+    return 1 if as_it_is else settings.window
+
+
 def read_all(metrics: Mapping[str, float], history: History) -> Iterator[tuple[str, Reading]]:
     """(rule id, reading) for every rule whose signal is among this step's metrics."""
     rules = {

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import isfinite
 
 from stableopd.health.monitor import MonitorSettings
-from stableopd.health.rules import MAX_LENGTH
-from stableopd.runfolder import RunRecord
+from stableopd.health.rules import window_of
+from stableopd.runfolder import RunRecord, monitor_settings
 from stableopd.types import Alert
 
 MAX_ALERTS = 100
@@ -94,17 +94,10 @@ def episodes(run: RunRecord) -> list[Episode]:
 def _averaged(run: RunRecord, signal: str) -> list[tuple[int, float]]:
     """The signal as the monitor looks at it: held-out figures and the longest rollout as they are, others smoothed."""
     points = run.values(signal)
-    window = 1 if signal.startswith("eval/") or signal == MAX_LENGTH else _window(run)
+    window = window_of(signal, monitor_settings(run.config) or MonitorSettings())
     values = [value for _, value in points]
     recent = (values[max(0, last + 1 - window) : last + 1] for last in range(len(values)))
     return [(step, sum(part) / len(part)) for (step, _), part in zip(points, recent, strict=True)]
-
-
-def _window(run: RunRecord) -> int:
-    health = run.config.get("health")
-    window = health.get("window") if isinstance(health, dict) else None
-    usable = isinstance(window, int) and not isinstance(window, bool) and 1 <= window <= 1_000
-    return window if usable and window else MonitorSettings().window
 
 
 def _end(alert: Alert, points: list[tuple[int, float]]) -> tuple[int | None, bool]:
