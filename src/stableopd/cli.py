@@ -113,7 +113,7 @@ def train(
             _complain(
                 f"the run was stopped by health.actions={settings.health.actions} at step {trainer.state.step}; a "
                 f"checkpoint is saved. Why: the end of {settings.run_dir / 'alerts.jsonl'}. To go on all the same: "
-                "--resume with health.actions=warn, or health.actions=rollback"
+                "--resume health.actions=warn"
             )
         sys.exit(STOPPED)
     if trainer.accelerator.is_main_process:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from stableopd.errors import ConfigError
 from stableopd.health.controller import Actions, ControllerSettings
@@ -238,6 +238,11 @@ class HealthConfig(Section):
     """Compare the likeliest tokens of student and teacher, so many of each, at every token: costs one forward pass of
     the student; 0: not. Where the loss takes the teacher's top-k, their number is that of objective.distill.topk."""
     notify: NotifyConfig | None = None
+
+    @field_validator("actions", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, given: Any) -> Any:
+        return "off" if given is False else given  # YAML reads off as false
 
     @model_validator(mode="after")
     def _settings_are_possible(self) -> Self:

@@ -19,7 +19,7 @@ import yaml
 from stableopd.errors import ConfigError, DataError
 from stableopd.health.causes import INFLATION
 from stableopd.health.monitor import SEVERITIES, HealthMonitor, MonitorSettings
-from stableopd.health.rules import TRACKED, is_number
+from stableopd.health.rules import LENGTH_DRIFT, TRACKED, is_number
 from stableopd.health.verdict import Status, Verdict, judge_run
 from stableopd.reading import Place
 from stableopd.rollout_figures import RolloutFigures, Sample, StepFigures, Unit
@@ -192,6 +192,12 @@ class _Reading:
             self._read(file)
         if not self.figures.num_rollouts and not self.own_rows:
             raise DataError(self._nothing())
+        if self.num_broken > self.figures.num_rollouts + len(self.own_rows):
+            raise DataError(
+                f"{self.source.name}: {self.num_broken} lines are broken and {self.figures.num_rollouts} are not, too "
+                f"few to judge by; the first of them: {self.broken[0]}. Correct the file, or name its format with "
+                "--format"
+            )
 
     def _read(self, file: RolloutFile) -> None:
         for item in file.read(self.advance):
@@ -380,12 +386,12 @@ def _judge(
     monitor, alerts = HealthMonitor(settings), list[Alert]()
     for row in rows:
         alerts += monitor.judge(int(row["step"]), {key: value for key, value in row.items() if key != "step"})
-    return judge_run(rows), tuple(_in_unit(alert, unit) for alert in alerts), notes
+    return judge_run(rows), tuple(in_unit(alert, unit) for alert in alerts), notes
 
 
-def _in_unit(alert: Alert, unit: Unit) -> Alert:
+def in_unit(alert: Alert, unit: Unit) -> Alert:
     """The monitor counts in tokens; where lengths are in characters its sentence has to say so."""
-    if unit == "tokens" or not alert.signal.endswith("_length"):
+    if unit == "tokens" or not (alert.signal.endswith("_length") or alert.signal == LENGTH_DRIFT):
         return alert
     return Alert(**asdict(alert) | {"message": alert.message.replace(" tokens", " characters", 1)})
 

@@ -20,7 +20,7 @@ import yaml
 
 from stableopd.errors import RunFolderError
 from stableopd.health.monitor import MonitorSettings
-from stableopd.health.verdict import Verdict, judge_run
+from stableopd.health.verdict import Status, Verdict, judge_run
 from stableopd.types import Alert
 
 ROLLOUTS_PER_STEP = 3
@@ -109,16 +109,29 @@ def read_run(path: str | Path) -> RunRecord:
     _require_run_folder(folder)
     metrics = tuple(_rows_by_step(_read_lines(folder / "metrics.jsonl", required=("step",))))
     alerts = _read_lines(folder / "alerts.jsonl", required=("step", "message"))
+    found = tuple(parse_alert(record) for record in alerts)
     return RunRecord(
         name=folder.resolve().name,
         path=folder,
         config=_read_config(folder / "config.yaml"),
         environment=_read_environment(folder / "environment.json"),
         metrics=metrics,
-        alerts=tuple(parse_alert(record) for record in alerts),
+        alerts=found,
         rollouts=tuple(_sample_rollouts(folder / "rollouts", metrics)),
-        verdict=judge_run(metrics),
+        verdict=verdict_of(metrics, found),
     )
+
+
+def verdict_of(metrics: Sequence[Mapping[str, Any]], alerts: Sequence[Alert]) -> Verdict:
+    """`judge_run`, and that the run was stopped where its controller did so and it did not go on."""
+    verdict = judge_run(metrics)
+    last = max((step for row in metrics if isinstance(step := row.get("step"), int | float)), default=0)
+    stops = [a for a in alerts if a.rule == "controller" and a.action == "stop" and a.step >= last]
+    if not stops or verdict.status == "collapsed":
+        return verdict
+    status: Status = "warning"
+    headline = f"Stopped by the controller at step {stops[-1].step}. {stops[-1].message}"
+    return replace(verdict, status=status, step=stops[-1].step, headline=headline)
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[RunRecord]:

@@ -16,11 +16,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import yaml
 
+from stableopd.diagnose import in_unit
 from stableopd.health import HealthMonitor, Verdict, is_repetitive, judge_run, loop_mask
 from stableopd.health.monitor import MonitorSettings
 from stableopd.health.rules import LOOPS, MEAN_LENGTH, REPETITION, TRUNCATION, is_number, window_of
 from stableopd.health.signals import TRUNCATED_REASONS
-from stableopd.runfolder import parse_alert
+from stableopd.rollout_figures import Unit
+from stableopd.runfolder import parse_alert, verdict_of
 from stableopd.tailing import FileTail
 from stableopd.types import Alert
 
@@ -188,7 +190,7 @@ class RunSource:
             kind="run",
             rows=rows,
             alerts=tuple(self._alerts),
-            verdict=judge_run(rows) if changed or last is None else last.verdict,
+            verdict=verdict_of(rows, self._alerts) if changed or last is None else last.verdict,
             max_steps=self._max_steps,
             modified_at=modified_at,
             restarts=self._metrics.restarts,
@@ -287,6 +289,12 @@ class _Group:
             row["reward"] = sum(self.rewards) / len(self.rewards)
         return row
 
+    def alerts(self, monitor: HealthMonitor) -> tuple[Alert, ...]:
+        """What the monitor says of it. It asks for growth, in whatever unit."""
+        row = {MEAN_LENGTH if key == CHARACTERS else key: value for key, value in self.row().items()}
+        unit: Unit = "tokens" if self.counts_tokens else "characters"
+        return tuple(in_unit(alert, unit) for alert in monitor.judge(self.step, row))
+
 
 class RolloutSource:
     """JSON Lines, one rollout each, of whatever trainer.
@@ -358,7 +366,7 @@ class RolloutSource:
             self._alerts = [alert for alert in self._alerts if alert.step < group.step]
         row = group.row()
         _add_row(self._rows, row)
-        self._alerts += self._monitor.judge(group.step, row)
+        self._alerts += group.alerts(self._monitor)
 
     def _why_nothing(self) -> str | None:
         columns = f"a JSON object with {', '.join(TEXT_COLUMNS[:-1])} or {TEXT_COLUMNS[-1]}"
@@ -373,7 +381,7 @@ def _look_ahead(monitor: HealthMonitor, group: _Group) -> tuple[Alert, ...]:
     """Alerts of a step that may not be complete, without the monitor remembering it."""
     other = HealthMonitor()
     other.load_state_dict(monitor.state_dict())
-    return other.judge(group.step, group.row())
+    return group.alerts(other)
 
 
 def _count(group: _Group, record: Mapping[str, Any], text: str) -> None:

@@ -173,3 +173,10 @@ def test_resuming_with_another_learning_rate_is_refused_and_more_steps_are_not(w
     check_resumable(path, StableOPDConfig(learning_rate=1e-5, max_steps=20, save_steps=3))
     with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 1e-05 -> 2e-05"):
         check_resumable(path, StableOPDConfig(learning_rate=2e-5, max_steps=10))
+
+
+def test_off_is_off_even_where_yaml_reads_it_as_false(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("health: {actions: off}\n")
+    assert load_config(path).health.actions == "off"
+    assert load_config(path, ["health.actions=off"]).health.actions == "off"

@@ -11,7 +11,8 @@ from fake_runs import write_collapsing_run, write_healthy_run, write_lines
 
 from stableopd import runfolder
 from stableopd.errors import RunFolderError
-from stableopd.runfolder import ROLLOUTS_PER_STEP, read_run, read_runs
+from stableopd.runfolder import ROLLOUTS_PER_STEP, read_run, read_runs, verdict_of
+from stableopd.types import Alert
 
 
 @pytest.fixture
@@ -175,3 +176,14 @@ def test_runs_of_one_name_get_their_parents_in_front(tmp_path: Path) -> None:
 def test_the_same_folder_twice_is_numbered(tmp_path: Path) -> None:
     path = write_healthy_run(tmp_path / "opd", steps=4)
     assert [run.name for run in read_runs([path, path])] == ["opd", "opd (2)"]
+
+
+def test_a_run_that_its_controller_stopped_says_so_unless_it_went_on():
+    stop = Alert(
+        rule="controller", severity="critical", signal="health/loop_token_fraction", value=0.4, threshold=0.2, step=3,
+        since=2, message="Saved and stopped the run at step 3.", action="stop",
+    )  # fmt: skip
+    verdict = verdict_of([{"step": step} for step in range(4)], [stop])
+    assert verdict.status == "warning"
+    assert verdict.headline.startswith("Stopped by the controller at step 3.")
+    assert verdict_of([{"step": step} for step in range(9)], [stop]).status == "unknown"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import re
 import threading
 import time
@@ -18,7 +19,7 @@ from rich.console import Console
 from stableopd.errors import RunFolderError
 from stableopd.frames import frame
 from stableopd.watch import Lookout, follow, show_once
-from stableopd.watched import Follower, Snapshot
+from stableopd.watched import Follower, RolloutSource, Snapshot
 
 
 def settled(follower: Follower) -> Snapshot:
@@ -390,3 +391,17 @@ def test_max_steps_come_from_the_configuration_and_may_grow(tmp_path):
     assert settled(follower).max_steps == 10
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"max_steps": 2000}))
     assert settled(follower).max_steps == 2000
+
+
+def test_growth_of_rollouts_whose_tokens_nobody_counted_is_judged_in_characters(tmp_path):
+    rng = random.Random(0)
+    lines = [
+        json.dumps({"step": step, "text": " ".join(str(rng.random()) for _ in range(20 if step < 10 else 200))})
+        for step in range(20)
+        for _ in range(32)
+    ]
+    path = tmp_path / "grow.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    alerts = RolloutSource(path).poll().alerts
+    assert ("length_growth", "critical") in [(alert.rule, alert.severity) for alert in alerts]
+    assert all("characters on average" in alert.message for alert in alerts)

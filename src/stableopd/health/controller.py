@@ -179,7 +179,8 @@ class HealthController:
 
     def saved(self, step: int, alarms: Iterable[Alarm], keep: int = 3) -> None:
         """A checkpoint was written at `step`, with these alarms on: healthy if none of them is length inflation."""
-        if not self._mendable(alarms):
+        again = step == self._state.rolled_back_at  # a copy of what was gone back to
+        if not self._mendable(alarms) and not again:
             self._state.healthy = [*(s for s in self._state.healthy if s < step), step][-keep:]
 
     def lost_all_but(self, steps: Collection[int]) -> None:
@@ -281,9 +282,16 @@ class HealthController:
             said.append(
                 self._alert(step, alarm, "drop_loops", f"Looping rollouts are left out of the distillation loss {why}")
             )
+        if before.drop_loops and not now.drop_loops:
+            said.append(
+                self._alert(step, alarm, "lower", f"Looping rollouts count in the distillation loss again {why}")
+            )
         if now.max_completion_length < before.max_completion_length:
             text = f"Rollouts end after {now.max_completion_length} tokens, half of their budget, {why}"
             said.append(self._alert(step, alarm, "shorten", text))
+        if now.max_completion_length > before.max_completion_length:
+            text = f"Rollouts have their budget of {now.max_completion_length} tokens again {why}"
+            said.append(self._alert(step, alarm, "lower", text))
         return tuple(said)
 
     def _alert(self, step: int, alarm: Alarm | None, action: Action, text: str) -> Alert:

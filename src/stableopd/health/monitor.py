@@ -142,6 +142,8 @@ class _Latch:
     streak: list[int] = field(default_factory=lambda: [0, 0, 0])
     """By level: steps in a row at that level or above."""
     since: list[int] = field(default_factory=lambda: [0, 0, 0])
+    fine_at: int | None = None
+    """Last step at which the signal was on the good side of the warning level."""
     calm: int = 0
     muted_level: int = 0
     muted_until: int = 0
@@ -158,6 +160,8 @@ class _Latch:
                 continue
             self.since[level] = self.since[level] if self.streak[level] else step
             self.streak[level] += 1
+        if not reading.level:
+            self.fine_at = step
         self.calm = self.calm + 1 if reading.calm else 0
         if self.level and self.calm >= reading.patience:
             if not self.muted:
@@ -263,7 +267,9 @@ class HealthMonitor:
             if level:
                 alert = _alert(rule, level, step, latch.since[level], reading)
                 latch.alarm = {name: getattr(alert, name) for name in _OF_ALERT}
-                latch.alarm |= {"since": latch.since[1], "easing": False, "measured_at": step}
+                # Of a figure that is not measured at every step, the trouble began after it was last fine.
+                since = latch.since[1] if latch.fine_at is None else latch.fine_at + 1
+                latch.alarm |= {"since": since, "easing": False, "measured_at": step}
                 if not latch.muted:
                     alerts.append(alert)
         return tuple(alerts)

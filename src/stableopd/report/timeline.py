@@ -230,9 +230,7 @@ def _action_trace(actions: Sequence[Episode], run: int, runs: Sequence[RunRecord
         "mode": "markers+text" if named else "markers",
         "x": [episode.alert.step for episode in actions],
         "y": [-_offset(run, len(runs)) for _ in actions],
-        "text": [
-            "\u00a0" + escape(printable(in_words(episode.alert.action)[:16])) if named else "" for episode in actions
-        ],
+        "text": ["\u00a0" + escape(printable(in_words(label)[:16])) if named else "" for label in _labels(actions)],
         "textposition": "middle right",
         "textfont": {"size": 11},
         "marker": {"symbol": "diamond", "size": 10},
@@ -241,6 +239,16 @@ def _action_trace(actions: Sequence[Episode], run: int, runs: Sequence[RunRecord
         "hovertext": [hover_text(runs[run].name, episode) for episode in actions],
         "name": "actions",
     }
+
+
+def _labels(actions: Sequence[Episode]) -> list[str]:
+    """The action of each, and nothing where an earlier one of the same step is written already."""
+    steps: set[int] = set()
+    labels = []
+    for episode in actions:
+        labels.append("" if episode.alert.step in steps else episode.alert.action)
+        steps.add(episode.alert.step)
+    return labels
 
 
 def hover_text(run: str, episode: Episode) -> str:
