@@ -31,6 +31,8 @@ MIN_ROLLOUTS = 32
 """Steps with fewer rollouts are judged together with the next ones: shares of a few rollouts mean little."""
 MIN_POINTS = 12
 """But not so many of them that fewer points than this are left."""
+FEW_BROKEN = 10
+"""More broken lines than this, and than whole ones, are no rollouts to be judged."""
 MAX_NAMED = 20
 """Broken lines that are named; all are counted."""
 MAX_LEFT_OUT = 5
@@ -192,7 +194,7 @@ class _Reading:
             self._read(file)
         if not self.figures.num_rollouts and not self.own_rows:
             raise DataError(self._nothing())
-        if self.num_broken > self.figures.num_rollouts + len(self.own_rows):
+        if self.num_broken > max(FEW_BROKEN, self.figures.num_rollouts + len(self.own_rows)):
             raise DataError(
                 f"{self.source.name}: {self.num_broken} lines are broken and {self.figures.num_rollouts} are not, too "
                 f"few to judge by; the first of them: {self.broken[0]}. Correct the file, or name its format with "

@@ -109,6 +109,14 @@ def test_a_terminal_without_unicode_gets_question_marks(tmp_path):
     assert "mean length (characters)  ??" in done.stdout
 
 
+def test_a_file_that_is_broken_for_the_most_part_gets_no_clean_bill(tmp_path):
+    path = tmp_path / "junk.jsonl"
+    path.write_text('{"text": "x"}\n' * 5 + "junk\n" * 11)
+    done = run(path, "--format", "jsonl")
+    assert done.returncode == 2
+    assert "11 lines are broken and 5 are not" in " ".join(done.stderr.split())
+
+
 def test_broken_lines_are_named_and_skipped(tmp_path):
     path = tmp_path / "half.jsonl"
     path.write_bytes(b'{"text": "x"}\n{"text": \n\xff\xfe\n')
