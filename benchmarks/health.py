@@ -6,7 +6,8 @@
   is computed, on one core. Five kinds of rollouts: ids drawn evenly from 30,000; from a distribution with a long tail;
   from six ids only; loops of up to 500 tokens that fill the second half; loops in which every 50th token changes.
 - Step: the trainer's own `time/health_s` in whole steps of the 2M student and 8M teacher of `step_vs_trl.py`, 64
-  rollouts of up to 256 tokens, heavy-tailed; after a warm-up. Larger models make the share smaller.
+  rollouts of up to 256 tokens, heavy-tailed, after a warm-up. Golden solutions are as long, and 4 of them are probed,
+  as many per rollout as the default 16 of the default 256. Larger models make the share smaller.
 
 Prints a table, and as its last line one JSON object: "seconds_256x8192" is the slowest kind's median, "share_of_step"
 the median over steps.
@@ -72,7 +73,7 @@ def shares_of_step(repeats: int, quick: bool) -> list[float]:
     (case,) = [case for case in step_vs_trl.cases(["2M-8M"], quick) if case.lengths_name == "heavy_tail"]
     shares = []
     with tempfile.TemporaryDirectory() as name, rollout.quiet():
-        ours = step_vs_trl.Ours(case, "cpu", Path(name))
+        ours = step_vs_trl.Ours(case, "cpu", Path(name), with_gold=True)
         for _ in range(repeats + 1):
             step = ours.step().check("stableopd", case)
             shares.append(step.phases["health"] / step.seconds)

@@ -74,8 +74,7 @@ from transformers import (
 import rollout
 from rollout import END, PROMPT_LENGTH
 from stableopd import StableOPDConfig, StableOPDTrainer
-from stableopd.config_files import dump_config
-from stableopd.recorder import RunRecorder
+from stableopd.logbook import Logbook
 
 NUM_ROLLOUTS = 64
 LEARNING_RATE = 1e-9
@@ -157,6 +156,12 @@ class Case:
     @property
     def rows(self) -> list[dict[str, str]]:
         return [{"prompt": " ".join(f"t{token}" for token in ids)} for ids in self.prompts]
+
+    @property
+    def rows_with_gold(self) -> list[dict[str, str]]:
+        """With golden solutions as long as the rollouts are."""
+        golds = [" ".join(f"t{token}" for token in range(ids[-1] - 1, END, -1)) for ids in self.prompts]
+        return [{**row, "gold": gold or "t1"} for row, gold in zip(self.rows, golds, strict=True)]
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -348,7 +353,7 @@ class Trl:
 class Ours:
     """Our trainer, with its run folder open."""
 
-    def __init__(self, case: Case, device: str, folder: Path) -> None:
+    def __init__(self, case: Case, device: str, folder: Path, *, with_gold: bool = False) -> None:
         self._meter = meter = Meter()
         self._steps_done = 0
         student, teacher = build_models(case.pair)
@@ -365,6 +370,7 @@ class Ours:
             optimizer={"learning_rate": LEARNING_RATE, "micro_batch_tokens": case.micro_batch_tokens},
             checkpoint={"every_steps": NEVER},
             logging={"num_rollouts": 0},
+            health={"probe_prompts": 4},
             max_steps=NEVER,
             output_dir=str(folder / "ours"),
         )
@@ -372,13 +378,13 @@ class Ours:
             model=student,
             teacher_model=teacher,
             args=config,
-            train_dataset=case.rows,
+            train_dataset=case.rows_with_gold if with_gold else case.rows,
             processing_class=build_tokenizer(case.pair.student.vocab_size),
         )
         if self._trainer.accelerator.device.type != device:
             raise RuntimeError(f"asked for {device}, but accelerate chose {self._trainer.accelerator.device}")
-        self._trainer.recorder = RunRecorder(config.run_dir, resume=False)
-        self._trainer.recorder.start(dump_config(config), None)
+        self._trainer.logbook = Logbook(config, self._trainer.accelerator, resume=False)
+        self._trainer.logbook.start(None)
         meter.watch("generate", self._trainer.engine, "generate")
 
     def step(self) -> Step:

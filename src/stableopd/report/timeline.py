@@ -135,6 +135,11 @@ def _rows(runs: Sequence[RunRecord]) -> list[Row]:
             curves=(*held_out, Curve("completions/accuracy", "training rollouts", "dot")),
             share=True,
         ),
+        Row(
+            title="Probability of golden endings",
+            curves=(Curve("health/ending_probe", "last four tokens"),),
+            share=True,
+        ),
         Row(title="Gold coefficient", curves=(Curve("controller/gold_coef", "gold", shape="hv"),)),
         Row(title="Reference coefficient", curves=(Curve("controller/reference_coef", "reference", shape="hv"),)),
     ]
