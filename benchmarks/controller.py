@@ -3,8 +3,8 @@
     python benchmarks/controller.py [--out DIR] [--parallel 2]
 
 Five fresh pairs of the toy world, each run as plain OPD, as the demo's StableOPD, and as plain OPD with
-`health.actions: stabilise` and `rollback`; the last two again without the stop probe, so that the alarm comes late; all
-but the first with a learning rate three times too high; and all of it with a restless teacher. Held-out accuracy swings
+`health.actions: stabilise` and `rollback`; the last two again without the stop probe, so that the alarm comes late;
+and all four with a learning rate three times too high, and with a restless teacher. Held-out accuracy swings
 from one evaluation to the next, so that the mean of the last five (steps 80 to 100) is what is compared. Prints tables,
 counts of collapses, and, last, one JSON object. docs/health.md holds its figures. Runs that are finished in DIR are not
 repeated.
@@ -45,7 +45,7 @@ WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 CASES: Mapping[str, tuple[list[Pair], str, Mapping[str, Any], tuple[str, ...]]] = {
     "as it is": (PAIRS, "", {}, ("opd", "stableopd", "stabilise", "rollback")),
     "without the probe": (PAIRS, "_blind", {"health.probe_prompts": 0}, ("stabilise", "rollback")),
-    "learning rate x 3": (PAIRS, "_lr3", THREE_TIMES, ("stableopd", "stabilise", "rollback")),
+    "learning rate x 3": (PAIRS, "_lr3", THREE_TIMES, ("opd", "stableopd", "stabilise", "rollback")),
     "restless teacher": (RESTLESS, "", {}, ("opd", "stableopd", "stabilise", "rollback")),
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
@@ -172,6 +172,9 @@ class History:
         """How far a signal has drifted; see `Series.drift`."""
         return self.series[key].drift if key in self.series else 0.0
 
+    def drift_warning(self, key: str) -> float:
+        return self._drifts[key].warning
+
     def derived(self) -> dict[str, float]:
         """Figures that the history makes of those that it is given, by metric key."""
         pairs = ((ENDING_DRIFT, ENDING_PROBE), (LENGTH_DRIFT, MEAN_LENGTH))
@@ -278,22 +281,30 @@ def _length_growth(metrics: Mapping[str, float], history: History) -> Reading | 
 
 def _length_drift(metrics: Mapping[str, float], history: History) -> Reading | None:
     """Sees a growth that has begun and lasts before it is as large as `length_growth` asks for."""
-    settings, now, baseline = history.settings, history.now(MEAN_LENGTH), history.baseline(MEAN_LENGTH)
+    settings = history.settings
+    beyond = f"the excess beyond {settings.length_slack:.0%}"
+    reading = _drift_reading(
+        LENGTH_DRIFT, MEAN_LENGTH, "Completions have {:.1f} tokens on average", beyond, _cause(history), history
+    )
+    excused = _grows_for_a_reason(history) or _waits_for_evaluation(history)
+    return replace(reading, excused=excused) if reading else None
+
+
+def _drift_reading(signal: str, key: str, what: str, beyond: str, cause: Cause, history: History) -> Reading | None:
+    settings, now, baseline = history.settings, history.now(key), history.baseline(key)
     if now is None or not baseline:
         return None
-    warning = settings.length_drift_warning
+    drift, warning = history.drift(key), history.drift_warning(key)
     return Reading(
-        signal=LENGTH_DRIFT,
-        value=history.drift(MEAN_LENGTH),
+        signal=signal,
+        value=drift,
         warning=warning,
         critical=NEVER,
         release=_release(warning, 0.0, settings),
-        seen=f"Completions have {now:.1f} tokens on average ({_window(settings)}; {baseline:.1f} in the first "
-        f"{settings.baseline_steps} steps); what they are longer beyond {settings.length_slack:.0%} a step adds up to "
-        f"{history.drift(MEAN_LENGTH):.2f}",
-        cause=_cause(history),
+        seen=f"{what.format(now)} ({_window(settings)}; {baseline:.3g} in the first {settings.baseline_steps} steps); "
+        f"{beyond} of that adds up to {drift:.2f} over the steps",
+        cause=cause,
         patience=1,
-        excused=_grows_for_a_reason(history) or _waits_for_evaluation(history),
     )
 
 
@@ -372,22 +383,9 @@ def _stop_probe(metrics: Mapping[str, float], history: History) -> Reading | Non
 
 def _ending_probe(metrics: Mapping[str, float], history: History) -> Reading | None:
     """Its golden solutions are always the same, so that it hardly varies but for the drift: a CUSUM sees that early."""
-    settings, now, baseline = history.settings, history.now(ENDING_PROBE), history.baseline(ENDING_PROBE)
-    if now is None or not baseline:
-        return None
-    warning = settings.ending_drift_warning
-    return Reading(
-        signal=ENDING_DRIFT,
-        value=history.drift(ENDING_PROBE),
-        warning=warning,
-        critical=NEVER,
-        release=_release(warning, 0.0, settings),
-        seen=f"The student ends golden solutions as they end with probability {now:.3f} ({_window(settings)}; "
-        f"{baseline:.3f} in the first {settings.baseline_steps} steps); what it lacks beyond "
-        f"{settings.ending_slack:.0%} a step adds up to {history.drift(ENDING_PROBE):.2f}",
-        cause=UNLEARNS_STOPPING,
-        patience=1,
-    )
+    beyond = f"the shortfall beyond {history.settings.ending_slack:.0%}"
+    what = "The student ends golden solutions as they end with probability {:.3f}"
+    return _drift_reading(ENDING_DRIFT, ENDING_PROBE, what, beyond, UNLEARNS_STOPPING, history)
 
 
 def _skipped_updates(metrics: Mapping[str, float], history: History) -> Reading:
