@@ -161,3 +161,16 @@ class TestRobustness:
         assert judge_run(rows[::-1]) == judge_run(rows)
         redone = evals([0.4, 0.7, 0.75], [0.0, 0.1, 0.0])[2:]
         assert judge_run(rows + redone).status == "healthy"
+
+
+def test_greedy_decoding_that_looped_for_a_while_is_said_to_have_recovered():
+    rows = [
+        {
+            "step": step, "eval/math/accuracy": 0.7, "eval/math_greedy/accuracy": 0.1 if looped else 0.8,
+            "eval/math_greedy/truncation_rate": 0.9 if looped else 0.0,
+        }
+        for step, looped in ((0, False), (10, True), (20, False))
+    ]  # fmt: skip
+    verdict = judge_run(rows)
+    assert verdict.status == "warning"
+    assert verdict.headline.startswith("Collapsed at step 10 and recovered by step 20: math answers decoded greedily")

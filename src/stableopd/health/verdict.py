@@ -145,11 +145,21 @@ def _judge_evaluation(by_step: dict[int, dict[str, float]], name: str) -> _Findi
 
 def _judge_greedy(by_step: dict[int, dict[str, float]], name: str, reason: str) -> _Finding:
     """Sampled accuracy held; greedy decoding may loop already."""
-    greedy = [point for point in _points(by_step, f"{name}_greedy") if point.collapsed]
+    points = _points(by_step, f"{name}_greedy")
+    greedy = [point for point in points if point.collapsed]
     if not greedy:
         return _Finding(status="healthy", reason=reason)
-    what = f"{name} answers decoded greedily have collapsed (accuracy {greedy[-1].value:.2f}), sampled ones have not"
-    return _Finding(status="warning", step=greedy[0].step, what=what, reason=reason)
+    until = next((point.step for point in points if point.step > greedy[-1].step), None)
+    if until is None:
+        what = (
+            f"{name} answers decoded greedily have collapsed (accuracy {greedy[-1].value:.2f}), sampled ones have not"
+        )
+    else:
+        lowest = min(point.value for point in greedy)
+        what = (
+            f"{name} answers decoded greedily ran into the length limit (accuracy {lowest:.2f}), sampled ones did not"
+        )
+    return _Finding(status="warning", step=greedy[0].step, until=until, what=what, reason=reason)
 
 
 def _points(by_step: dict[int, dict[str, float]], name: str) -> list[_Point]:
