@@ -200,7 +200,7 @@ on_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="re
 @on_linux
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    small, large = (peak_mib(write_large(tmp_path / f"{mib}.jsonl", mib)) for mib in (10, 120))
+    small, large = (peak_mib(write_large(tmp_path / f"{mib}.jsonl", mib)) for mib in (5, 50))
     assert large < small + 12
 
 
@@ -213,10 +213,10 @@ def test_memory_does_not_grow_with_a_parquet_table(tmp_path):
     rng = random.Random(0)
     pool = [" ".join(prose(rng, 60) for _ in range(20)) for _ in range(64)]
     peaks = []
-    for rows in (1_500, 15_000):
+    for rows in (500, 5_000):
         path = tmp_path / f"{rows}.parquet"
         texts = [f"{row} {rng.choice(pool)} {row}" for row in range(rows)]
         pq.write_table(pa.table({"step": [row // 16 for row in range(rows)], "completion": texts}), path)
         peaks.append(peak_mib(path))
-    assert path.stat().st_size < sum(map(len, texts)) > 90e6  # one row group
-    assert peaks[1] < peaks[0] + 32
+    assert path.stat().st_size < sum(map(len, texts)) > 30e6  # one row group
+    assert peaks[1] < peaks[0] + 24
