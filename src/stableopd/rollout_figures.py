@@ -87,7 +87,8 @@ class Lengths:
 
 
 _SUMS = (
-    "num", "reasons", "truncated", "ended", "ended_tokens", "ended_characters", "texts", "repetitive",
+    "num", "reasons", "truncated", "ended", "ended_tokens", "ended_characters", "cut_tokens",
+    "cut_characters", "texts", "repetitive",
     "units", "loop", "near_loop", "repeated", "rewards", "reward_sum", "right", "judged", "judged_right",
 )  # fmt: skip
 
@@ -105,6 +106,9 @@ class StepFigures:
     ended: int = 0
     ended_tokens: int = 0
     ended_characters: int = 0
+    cut_tokens: int = 0
+    """Of the truncated rollouts."""
+    cut_characters: int = 0
     texts: int = 0
     repetitive: int = 0
     units: int = 0
@@ -141,6 +145,9 @@ class StepFigures:
         if self.ended:
             ended = self.ended_tokens if unit == "tokens" else self.ended_characters
             figures["completions/mean_terminated_length"] = ended / self.ended
+        if self.truncated:
+            cut = self.cut_tokens if unit == "tokens" else self.cut_characters
+            figures["completions/mean_truncated_length"] = cut / self.truncated
         if self.texts:
             figures["health/repetition_rate"] = self.repetitive / self.texts
         if self.units:
@@ -263,6 +270,8 @@ class RolloutFigures:
         if reason is not None:
             own.reasons = 1
             own.truncated = int(reason in TRUNCATED_REASONS)
+        if own.truncated:
+            own.cut_tokens, own.cut_characters = own.tokens.total, own.characters.total
         if reason == "stop":
             own.ended, own.ended_tokens, own.ended_characters = 1, own.tokens.total, own.characters.total
 
@@ -277,7 +286,8 @@ class RolloutFigures:
         settings, text = self.settings, record.completion
         if text is not None:
             own.texts = 1
-            own.repetitive = int(is_repetitive(text, settings.tail_chars, settings.compression_threshold))
+            compressible = is_repetitive(text, settings.tail_chars, settings.compression_threshold)
+            own.repetitive = int(compressible or record.finish_reason == "loop")
         if record.token_ids is not None:
             self.with_ids += 1
             ids: NDArray[Any] = record.token_ids[-MAX_SEARCHED:]
