@@ -274,6 +274,7 @@ def parse_alert(record: Mapping[str, Any]) -> Alert:
         step=record["step"],
         since=int(_number(record.get("since"), record["step"])),
         message=str(record["message"]),
+        cause=str(record.get("cause") or ""),
         action=str(record.get("action") or "none"),
     )
 
