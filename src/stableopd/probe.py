@@ -1,8 +1,8 @@
 """The stop probe: how likely the student is to end a golden solution where and as it ends.
 
 A student that starts to unlearn stopping shows it here before its rollouts grow. The solutions are the same for the
-whole run: those that a batch brings along anyway would cost nothing, but their change from step to step is ten times
-the drift that is to be seen (docs/health.md).
+whole run: those that a batch brings along anyway would cost nothing, but they change from step to step, and the figure
+with them, by more than the drift that is to be seen.
 """
 
 from __future__ import annotations

@@ -96,6 +96,18 @@ class MonitorSettings:
     release_fraction: float = 0.5
     """An alert ends when the signal has come back to this share of the way from good to warning."""
 
+    @property
+    def of_signals(self) -> dict[str, Any]:
+        """The settings that `measure_rollouts` takes, by its own names."""
+        return {
+            "tail_chars": self.tail_chars,
+            "compression_threshold": self.compression_threshold,
+            "max_period": self.loop_max_period,
+            "min_repeats": self.loop_min_repeats,
+            "min_loop_tokens": self.loop_min_tokens,
+            "ngram": self.ngram,
+        }
+
     def __post_init__(self) -> None:
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
@@ -212,7 +224,6 @@ class HealthMonitor:
         Args: one entry per rollout: length in tokens with the end token, finish reason, text, token ids [T],
         advantages [T] (nats); accuracy is the share of these rollouts that are right.
         """
-        settings = self.settings
         metrics = signals.measure_rollouts(
             lengths=lengths,
             finish_reasons=finish_reasons,
@@ -220,12 +231,7 @@ class HealthMonitor:
             token_ids=token_ids,
             advantages=advantages,
             accuracy=accuracy,
-            tail_chars=settings.tail_chars,
-            compression_threshold=settings.compression_threshold,
-            max_period=settings.loop_max_period,
-            min_repeats=settings.loop_min_repeats,
-            min_loop_tokens=settings.loop_min_tokens,
-            ngram=settings.ngram,
+            **self.settings.of_signals,
         )
         judged = {key: value for key, value in metrics.items() if not (other_budget and key in _OF_BUDGET)}
         return HealthReport(step=step, metrics=metrics, alerts=self.judge(step, judged))

@@ -91,19 +91,14 @@ class HealthReward:
         return parts
 
     def _measure(self, texts: Sequence[str], completion_ids: Sequence[Sequence[int]]) -> _Part:
-        settings, lengths = self.settings, [len(ids) for ids in completion_ids]
+        lengths = [len(ids) for ids in completion_ids]
         reasons: list[FinishReason] = ["stop" if self._ended(ids) else "length" for ids in completion_ids]
         figures = measure_rollouts(
             lengths=lengths,
             finish_reasons=reasons,
             texts=texts,
             token_ids=completion_ids,
-            tail_chars=settings.tail_chars,
-            compression_threshold=settings.compression_threshold,
-            max_period=settings.loop_max_period,
-            min_repeats=settings.loop_min_repeats,
-            min_loop_tokens=settings.loop_min_tokens,
-            ngram=settings.ngram,
+            **self.settings.of_signals,
         )
         health = {key: value for key, value in figures.items() if key.startswith("health/")}
         return _Part(lengths=lengths, finish_reasons=reasons, figures=health)
