@@ -89,6 +89,7 @@ def train(
     settings = load_config(config, overrides or [])
     check_run_folder(settings.run_dir, resume=resume)
     from stableopd.console import ConsoleReporter, quiet_libraries, spinner
+    from stableopd.distributed import leave
     from stableopd.trainer import StableOPDTrainer
 
     quiet_libraries()
@@ -108,6 +109,7 @@ def train(
         for callback in trainer.callbacks:
             if isinstance(callback, ConsoleReporter):
                 callback.close()
+    leave()
     if trainer.state.stopped:
         if trainer.accelerator.is_main_process:
             _complain(

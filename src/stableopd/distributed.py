@@ -57,3 +57,9 @@ def _buckets(arrays: Iterable[Tensor]) -> Iterable[list[Tensor]]:
                 bucket = []
             bucket.append(array)
         yield bucket
+
+
+def leave() -> None:
+    """Take down what connects the processes, once all is done: threads that are still alive at the end may abort it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
