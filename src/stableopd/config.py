@@ -7,44 +7,41 @@ at the top level and put where they belong.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from stableopd.errors import ConfigError
-from stableopd.health.controller import Actions, ControllerSettings
-from stableopd.health.monitor import MonitorSettings
-from stableopd.notify import TIMEOUT_S, Notifier, url_problem
-from stableopd.objective import (
-    DistillConfig,
-    Fraction,
-    GoldConfig,
-    NonNegative,
-    NonNegativeInt,
-    ObjectiveConfig,
-    Positive,
-    PositiveInt,
-    ReferenceConfig,
-    RewardConfig,
-    Section,
-)
-from stableopd.types import Severity
+from stableopd.health_config import ControllerConfig, HealthConfig, NotifyConfig
+from stableopd.model_config import LoraSettings, ModelConfig, StudentConfig, TeacherConfig
+from stableopd.names import nearest
+from stableopd.objective import DistillConfig, GoldConfig, ObjectiveConfig, ReferenceConfig, RewardConfig
+from stableopd.rollout_config import RolloutConfig, VllmConfig
+from stableopd.sections import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, Section
 
 __all__ = [
+    "ControllerConfig",
     "DistillConfig",
     "GoldConfig",
+    "HealthConfig",
+    "LoraSettings",
+    "ModelConfig",
+    "NotifyConfig",
     "ObjectiveConfig",
     "ReferenceConfig",
     "RewardConfig",
+    "RolloutConfig",
     "StableOPDConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "VllmConfig",
 ]
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Method = Literal["sft", "opd", "stableopd", "grpo"]
+TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 
 PRESETS: Mapping[str, Mapping[str, float]] = {
     "sft": {"distill": 0.0, "gold": 1.0, "reference": 0.0},
@@ -69,6 +66,8 @@ FLAT_NAMES: Mapping[str, str] = {
     "temperature": "rollout.temperature",
     "top_p": "rollout.top_p",
     "top_k": "rollout.top_k",
+    "vllm_mode": "rollout.vllm.mode",
+    "vllm_gpu_memory_utilization": "rollout.vllm.gpu_memory_utilization",
     "teacher_model_name_or_path": "teacher.model_name_or_path",
     "eval_steps": "evaluation.every_steps",
     "save_steps": "checkpoint.every_steps",
@@ -84,39 +83,16 @@ HINTS: Mapping[str, str] = {
     "num_train_epochs": "set max_steps; one step is one rollout batch of rollout.num_prompts prompts",
     "lr": "say learning_rate",
     "beta": "say beta_kl (KL to the initial student) or lambda_gold (golden solutions)",
-    "use_vllm": "the rollout engine is rollout.engine",
+    "use_vllm": "the rollout engine is rollout.engine (hf or vllm)",
+    "vllm_server_base_url": "set rollout.vllm.server_url",
+    "teacher_model_init_kwargs": "set teacher.dtype, teacher.device_map, teacher.quantization, ...",
+    "teacher_model_server_url": "set teacher.server_url",
     "trust_remote_code": "code from a model repository is never run",
 }
 
 
 _HOLD_SECRETS = {"health", "health.notify", "health.notify.url"}
 """Their values are never shown, not even in a complaint about them."""
-
-
-class ModelConfig(Section):
-    """A Hugging Face causal language model: a local folder or a hub id."""
-
-    model_name_or_path: str | None = None
-    revision: str | None = None
-    dtype: Dtype = "auto"
-    attn_implementation: str | None = None
-
-
-class LoraSettings(Section):
-    """Low-rank adapters in place of full fine-tuning; the reference is then the model with its adapters off."""
-
-    r: PositiveInt = 16
-    alpha: PositiveInt = 32
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    merge: bool = False
-    """When the run ends, also write the student with its adapters merged in, as `merged/` in the run folder."""
-
-
-class StudentConfig(ModelConfig):
-    lora: LoraSettings | None = None
-    dtype: Dtype = "float32"
-    """Weights are kept in this dtype; with `optimizer.bf16` the arithmetic is bfloat16 all the same."""
 
 
 class DataConfig(Section):
@@ -128,27 +104,14 @@ class DataConfig(Section):
     answer_column: str = "answer"
     gold_weights_column: str | None = None
     """Column with one loss weight per golden token, the end token included."""
+    teacher_column: str | None = None
+    """Column that names the teacher of each prompt, one of `teachers`."""
     gold_path: str | None = None
     """A pool of prompts with gold, drawn from in place of the golden solution of each prompt."""
     max_prompt_length: PositiveInt | None = None
     """Longest prompt in tokens; without it, what the student's context leaves."""
     shuffle: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-
-
-class RolloutConfig(Section):
-    engine: Literal["hf"] = "hf"
-    num_prompts: PositiveInt = 64
-    """Prompts per step, all processes together."""
-    num_generations: PositiveInt = 4
-    max_completion_length: PositiveInt = 1024
-    temperature: Positive = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    top_k: NonNegativeInt = 0
-    stop_loops_after: Annotated[int, Field(ge=2)] | None = None
-    """End a rollout that has repeated one stretch of tokens so many times in a row; it counts as truncated."""
-    max_batch_size: PositiveInt = 256
-    """Most sequences generated at a time in one process."""
 
 
 class OptimizerConfig(Section):
@@ -172,104 +135,6 @@ class OptimizerConfig(Section):
     """Most tokens, padding included, in one forward pass. Changes memory and speed, not the result."""
     bf16: bool = False
     gradient_checkpointing: bool = False
-
-
-class ControllerConfig(Section):
-    """Bounds of what the controller does; see docs/health.md."""
-
-    max_gold_coef: NonNegative = 4.0
-    max_reference_coef: NonNegative = 1.0
-    cooldown_steps: PositiveInt = 10
-    calm_steps: PositiveInt = 20
-    max_rollbacks: NonNegativeInt = 3
-    drop_loops: bool = False
-    shorten_budget: bool = False
-
-
-class NotifyConfig(Section):
-    """Who is told of alerts while the run goes: a webhook, a command, or both; see docs/watching.md."""
-
-    url: SecretStr | None = None
-    """Written to config.yaml and to trackers as asterisks. Better is `url_env`."""
-    url_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
-    """Name of the environment variable that holds the URL."""
-    command: tuple[str, ...] = ()
-    """Program and arguments; no shell. The alert is JSON on its standard input."""
-    min_severity: Severity = "warning"
-    timeout_s: Positive = TIMEOUT_S
-
-    @model_validator(mode="after")
-    def _somebody_is_told(self) -> Self:
-        if self.url is None and self.url_env is None and not self.command:
-            raise ValueError("it tells nobody: set url_env, url or command")
-        if self.url is not None and self.url_env is not None:
-            raise ValueError("url and url_env are the same setting; give one of them")
-        problem = url_problem(self.url.get_secret_value()) if self.url is not None else None
-        if problem:
-            raise ValueError(f"url {problem} (the URL is not shown, and a run folder's config.yaml does not hold it)")
-        return self
-
-    def notifier(self, run_name: str) -> Notifier:
-        return Notifier(
-            run_name,
-            url=self.url.get_secret_value() if self.url is not None else None,
-            url_env=self.url_env,
-            command=self.command,
-            min_severity=self.min_severity,
-            timeout_s=self.timeout_s,
-        )
-
-
-class HealthConfig(Section):
-    """Thresholds of the monitor; see docs/run_folder.md and `stableopd.health.MonitorSettings`."""
-
-    max_expected_length: PositiveInt | None = None
-    tail_chars: PositiveInt = 10_000
-    compression_threshold: Positive = 10.0
-    actions: Actions = "warn"
-    """What an alarm leads to: nothing (`off`), alerts (`warn`), stronger stabilisation (`stabilise`), also a return to
-    an earlier checkpoint (`rollback`), or the end of the run (`stop`)."""
-    controller: ControllerConfig = ControllerConfig()
-    probe_prompts: NonNegativeInt = 16
-    """Golden solutions whose ending the student is asked for at each step; 0: none."""
-    thresholds: dict[str, float] = Field(default_factory=dict)
-    """Any other field of MonitorSettings, by name."""
-    overlap_topk: NonNegativeInt = 0
-    """Compare the likeliest tokens of student and teacher, so many of each, at every token: costs one forward pass of
-    the student; 0: not. Where the loss takes the teacher's top-k, their number is that of objective.distill.topk."""
-    notify: NotifyConfig | None = None
-
-    @field_validator("actions", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, given: Any) -> Any:
-        return "off" if given is False else given  # YAML reads off as false
-
-    @model_validator(mode="after")
-    def _settings_are_possible(self) -> Self:
-        self.monitor_settings()
-        return self
-
-    @property
-    def may_stabilise(self) -> bool:
-        """Whether golden solutions and the initial student are needed even where no term asks for them."""
-        return self.controller_settings().may_stabilise
-
-    def controller_settings(self) -> ControllerSettings:
-        return ControllerSettings(actions=self.actions, **self.controller.model_dump())
-
-    def monitor_settings(self) -> MonitorSettings:
-        known = {name for name in MonitorSettings.__dataclass_fields__ if name not in type(self).model_fields}
-        for name in self.thresholds:
-            if name not in known:
-                raise ValueError(
-                    f"thresholds has no entry {name!r}{_nearest(name, known)}; known: {', '.join(sorted(known))}"
-                )
-        return MonitorSettings(
-            max_expected_length=self.max_expected_length,
-            tail_chars=self.tail_chars,
-            compression_threshold=self.compression_threshold,
-            **self.thresholds,  # type: ignore[arg-type]
-        )
 
 
 class EvaluationConfig(Section):
@@ -325,7 +190,9 @@ class StableOPDConfig(Section):
 
     method: Method = "stableopd"
     student: StudentConfig = StudentConfig()
-    teacher: ModelConfig = ModelConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    teachers: dict[TeacherName, TeacherConfig] = Field(default_factory=dict)
+    """Several teachers by name, in place of `teacher`; `data.teacher_column` says which one scores a prompt."""
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -361,6 +228,14 @@ class StableOPDConfig(Section):
                 "rollout.num_generations is 1, but a reward counts against the other rollouts of its prompt and would "
                 "do nothing; take 2 or more, or set objective.reward.coef=0"
             )
+        self._teachers_are_clear()
+        if self.rollout.pipeline and not objective.needs_rollouts:
+            raise ValueError("rollout.pipeline is on, but no term of objective uses rollouts; leave it out")
+        if self.rollout.pipeline and objective.has_policy_gradient and objective.correction.kind == "none":
+            raise ValueError(
+                "rollout.pipeline trains on rollouts of an older policy, which a policy gradient must correct for: set "
+                "objective.correction.kind=truncate (or mask)"
+            )
         if optimizer.num_minibatches > self.rollout.num_prompts:
             raise ValueError(
                 f"optimizer.num_minibatches is {optimizer.num_minibatches}, more than the "
@@ -371,6 +246,33 @@ class StableOPDConfig(Section):
                 f"optimizer.warmup_steps ({optimizer.warmup_steps}) leaves none of max_steps ({self.max_steps})"
             )
         return self
+
+    def _teachers_are_clear(self) -> None:
+        if not self.teachers:
+            if self.data.teacher_column:
+                raise ValueError("data.teacher_column names teachers, and there are none: set teachers")
+            return
+        if self.teacher.is_set:
+            raise ValueError("teacher and teachers are both given; give one of them")
+        if len(self.teachers) > 1 and not self.data.teacher_column:
+            raise ValueError(
+                f"there are {len(self.teachers)} teachers, and nothing says which one scores a prompt's rollouts: set "
+                "data.teacher_column to the column that names them"
+            )
+        unplaced = [name for name, teacher in self.teachers.items() if not teacher.is_set]
+        if unplaced:
+            raise ValueError(f"teachers.{unplaced[0]} has neither model_name_or_path nor server_url")
+        if self.objective.needs_teacher and self.objective.distill.needs_states and len(self.teachers) > 1:
+            raise ValueError(
+                f"objective.distill.divergence={self.objective.distill.divergence} with "
+                f"support={self.objective.distill.support} needs the whole distribution of one teacher; with several "
+                "set divergence=sampled_reverse_kl or support=teacher_topk"
+            )
+
+    @property
+    def named_teachers(self) -> dict[str, TeacherConfig]:
+        """Every teacher by name; the only one of a run without `teachers` is called "teacher"."""
+        return self.teachers or {"teacher": self.teacher}
 
     @property
     def needs_reference(self) -> bool:
@@ -443,6 +345,17 @@ def _fill_preset(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
+def _dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, info in section.model_fields.items():
+        kinds = get_args(info.annotation) or (info.annotation,)
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if sections:
+            yield prefix + name
+            yield from _dotted_keys(sections[0], f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
 def _explain(error: ValidationError) -> list[tuple[str, str]]:
     """(dotted key, what is wrong with it and what to do) for every problem."""
     problems = []
@@ -458,7 +371,7 @@ def _unknown_key(dotted: str) -> str:
     if leaf in HINTS:
         return f"unknown key {dotted!r}: {HINTS[leaf]}"
     known = list(_dotted_keys(StableOPDConfig))
-    return f"unknown key {dotted!r}{_nearest(dotted, [*known, *FLAT_NAMES])}"
+    return f"unknown key {dotted!r}{nearest(dotted, [*known, *FLAT_NAMES])}"
 
 
 def _wrong_value(dotted: str, problem: Any) -> str:
@@ -473,25 +386,3 @@ def _wrong_value(dotted: str, problem: Any) -> str:
         message = "input should be a finite number"
     shown = repr(given)
     return f"{dotted}: {message[0].lower()}{message[1:]} (got {shown if len(shown) < 80 else shown[:77] + '...'})"
-
-
-def _dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, info in section.model_fields.items():
-        kinds = get_args(info.annotation) or (info.annotation,)
-        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if sections:
-            yield prefix + name
-            yield from _dotted_keys(sections[0], f"{prefix}{name}.")
-        else:
-            yield prefix + name
-
-
-def _nearest(name: str, known: Collection[str]) -> str:
-    """' (did you mean ...?)' by the whole dotted key, else by its last part."""
-    leaf = name.rsplit(".", 1)[-1]
-    by_leaf: dict[str, str] = {}
-    for key in known:
-        by_leaf.setdefault(key.rsplit(".", 1)[-1], key)
-    whole = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
-    found = whole or [by_leaf[match] for match in difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.7)]
-    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from stableopd.errors import DataError
+from stableopd.names import nearest
 from stableopd.reading import Place, Rows, kind_of, read_rows
 from stableopd.types import Example
 from stableopd.vocabulary import answer_end_id
@@ -43,6 +44,8 @@ def load_examples(
     require_gold: bool = False,
     require_answer: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    teacher_column: str | None = None,
+    teachers: Collection[str] = (),
 ) -> list[Example]:
     """One tokenised `Example` per row.
 
@@ -60,6 +63,7 @@ def load_examples(
         require_gold: refuse rows without gold.
         require_answer: refuse rows without an answer, which a reward compares with.
         chat_template_kwargs: passed to the chat template, for example {"enable_thinking": False}.
+        teacher_column: names the teacher of each row, one of `teachers`.
 
     Raises:
         DataError: a row that cannot be used; names its place and its column.
@@ -74,10 +78,19 @@ def load_examples(
     _check_totals(table, prompt_ids, gold_ids, max_total_tokens)
     gold_weights = _gold_weights(table, gold_weights_column, gold_ids)
     answers = _answers(table, answer_column, require_answer)
-    columns = zip(prompts, prompt_ids, gold_ids, gold_weights, answers, strict=True)
+    named = _teachers(table, teacher_column, teachers)
+    columns = zip(prompts, prompt_ids, gold_ids, gold_weights, answers, named, strict=True)
     return [
-        Example(index=index, prompt=prompt.text, prompt_ids=ids, gold_ids=gold, gold_weights=weights, answer=answer)
-        for index, (prompt, ids, gold, weights, answer) in enumerate(columns)
+        Example(
+            index=index,
+            prompt=prompt.text,
+            prompt_ids=ids,
+            gold_ids=gold,
+            gold_weights=weights,
+            answer=answer,
+            teacher=teacher,
+        )
+        for index, (prompt, ids, gold, weights, answer, teacher) in enumerate(columns)
     ]
 
 
@@ -324,6 +337,22 @@ def _answers(table: _Table, column: str, required: bool) -> list[str | None]:
         f"{table.places[missing[0]]}: no answer in the column {column!r}, which the reward needs; {len(missing)} of "
         f"{len(answers)} rows have none. Remove them, {how}"
     )
+
+
+def _teachers(table: _Table, column: str | None, known: Collection[str]) -> list[str | None]:
+    if column is None:
+        return [None] * len(table.rows)
+    if column not in table.columns:
+        raise DataError(f"{table.source}: no column {column!r}. {table.known(column)} Set data.teacher_column")
+    for place, row in table.items():
+        name = row.get(column)
+        if name not in known:
+            close = nearest(name, known) if isinstance(name, str) else ""
+            raise DataError(
+                f"{place}: the column {column!r} says {name!r}, which is none of the teachers{close}; known: "
+                f"{', '.join(sorted(known))}. Correct the row, or add the teacher to `teachers`"
+            )
+    return [str(row[column]) for row in table.rows]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], places: Sequence[Place]) -> list[tuple[int, ...]]:

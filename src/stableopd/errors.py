@@ -43,6 +43,14 @@ class TrainingError(StableOPDError, RuntimeError):
     """A run that began well and cannot go on: no update can be made, no reward can be had."""
 
 
+class TeacherError(StableOPDError, RuntimeError):
+    """A teacher that does not answer, or whose answer cannot be used; no weight was touched by it."""
+
+
+class EngineError(StableOPDError, RuntimeError):
+    """A rollout engine that does not answer, or whose weights are not the trainer's."""
+
+
 class MissingDependencyError(StableOPDError, ImportError):
     """An optional package is needed for what was asked."""
 

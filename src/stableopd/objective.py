@@ -4,29 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-AtLeastOne = Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
+from stableopd.sections import AtLeastOne, Fraction, NonNegative, Positive, PositiveInt, Section
 
 SampledDivergence = Literal["sampled_reverse_kl"]
 VocabularyDivergence = Literal["reverse_kl", "forward_kl", "jsd", "mixed_kl"]
 Divergence = Literal[SampledDivergence, VocabularyDivergence]
 Support = Literal["full", "teacher_topk", "student_topk", "intersection", "union", "symmetric_difference"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    def changed(self) -> list[str]:
-        """Names of the settings that are not at their defaults."""
-        return [
-            name for name in type(self).model_fields if getattr(self, name) != type(self).model_fields[name].default
-        ]
 
 
 class AdvantageConfig(Section):

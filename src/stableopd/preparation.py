@@ -81,6 +81,7 @@ def prepare_data(
         require_gold=needs_gold and not config.data.gold_path,
         may_need_gold=config.may_need_gold and not config.data.gold_path,
         require_answer=config.objective.needs_rewards,
+        routed=config.objective.needs_teacher,
     )
     pool = None
     if config.may_need_gold and config.data.gold_path:
@@ -179,6 +180,7 @@ def _load(
     require_gold: bool,
     may_need_gold: bool = False,
     require_answer: bool = False,
+    routed: bool = False,
 ) -> list[Example]:
     data = config.data
     return load_examples(
@@ -194,6 +196,8 @@ def _load(
         require_gold=require_gold,
         require_answer=require_answer,
         chat_template_kwargs=data.chat_template_kwargs,
+        teacher_column=data.teacher_column if routed else None,
+        teachers=config.named_teachers,
     )
 
 

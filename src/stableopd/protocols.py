@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from stableopd.types import Alert, Example, RolloutBatch, Sampling, TokenScores
+from stableopd.types import Alert, Example, FinishedRollout, RolloutBatch, Sampling, TokenScores
 
 if TYPE_CHECKING:
     from torch import nn
 
 Judge = Callable[[str, str], bool]
 """(completion text, reference answer) -> is the completion right?"""
+
+OnFinished = Callable[[FinishedRollout], None]
+"""Told of each rollout as it ends. Must return at once."""
 
 RewardFunction = Callable[[str, str], float]
 """(completion text, reference answer) -> what the completion is worth. A judge is one: right is 1, wrong is 0."""
@@ -24,11 +27,13 @@ RewardFunction = Callable[[str, str], float]
 class RolloutEngine(Protocol):
     """Draws completions from the student."""
 
-    def generate(self, examples: Sequence[Example], sampling: Sampling, *, step: int) -> RolloutBatch:
+    def generate(
+        self, examples: Sequence[Example], sampling: Sampling, *, step: int, on_finished: OnFinished | None = None
+    ) -> RolloutBatch:
         """`sampling.num_generations` completions for each example, grouped by example.
 
-        A completion depends on the weights and on (sampling.seed, step, example.index, number of
-        the generation) alone: not on the other rows, nor on their order.
+        `on_finished` is told of each as it ends, in any order. A completion depends on the weights and on
+        (sampling.seed, step, example.index, number of the generation) alone: not on the other rows, nor on their order.
         """
         ...
 
@@ -47,6 +52,31 @@ class Teacher(Protocol):
         With `topk`, the likeliest tokens at each position as well. With `states`, hidden states in place of all that:
         the whole distribution, for losses over the vocabulary; a teacher that cannot give them raises ConfigError.
         """
+        ...
+
+
+@runtime_checkable
+class StreamingTeacher(Teacher, Protocol):
+    """A teacher elsewhere, that can score rollouts while others are still being generated."""
+
+    def begin(self, *, temperature: float, topk: int = 0) -> ScoringStream:
+        """Takes rollouts as they finish; one stream per step."""
+        ...
+
+
+class ScoringStream(Protocol):
+    """The scoring of one step's rollouts."""
+
+    def add(self, rollout: FinishedRollout) -> None:
+        """Begins to score it; returns at once. Equal rollouts are scored once."""
+        ...
+
+    def result(self, rollouts: RolloutBatch) -> TokenScores:
+        """Scores of all rows, those that were never added included. Raises: TeacherError when they cannot be had."""
+        ...
+
+    def close(self) -> None:
+        """Gives up what is still under way; nothing after `result`."""
         ...
 
 

@@ -33,6 +33,8 @@ class Example:
     gold_weights: tuple[float, ...] | None = None
     """Loss weight of each golden token; None means 1 for all."""
     answer: str | None = None
+    teacher: str | None = None
+    """Name of the teacher that scores its rollouts; None: the only one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +52,8 @@ class Sampling:
     top_k: int = 0
     num_generations: int = 1
     seed: int = 0
+    stop_strings: tuple[str, ...] = ()
+    """A completion ends with the token that completes one of these in its text (finish reason `stop`)."""
     stop_loops_after: int | None = None
     """End a completion that has been in an exact loop for so many repeats (finish reason `loop`); None: never."""
 
@@ -76,6 +80,8 @@ class RolloutBatch:
     prompt_index: tuple[int, ...]
     """Position of each row's prompt in the list of examples that was asked for."""
     policy_version: int = 0
+    teachers: tuple[str | None, ...] = ()
+    """`Example.teacher` of each row; empty where there is only one teacher."""
 
     def __len__(self) -> int:
         return len(self.finish_reason)
@@ -89,6 +95,16 @@ class RolloutBatch:
         """Completion token ids of each row, without padding."""
         ids = self.completion_ids.tolist()
         return [row[:length] for row, length in zip(ids, self.lengths(), strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishedRollout:
+    """One row of a batch under way, told of as soon as it ends so that it can be scored while others go on."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    """The end token included."""
+    teacher: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

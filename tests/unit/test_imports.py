@@ -12,8 +12,9 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "stableopd"
 
 LAYERS = (
-    {"errors", "types"},
+    {"errors", "types", "names", "sections"},
     {"tokens", "reading", "vocabulary", "lines", "sparklines", "tailing", "notify", "objective", "distributed"}
+    | {"model_config", "rollout_config"}
     | {"health.causes", "health.loops", "health.pieces", "health.signals"}
     | {"losses", "losses._numerics", "losses.divergences", "losses.supports", "losses.policy", "losses.shaping"}
     | {"losses.rewards", "losses.reduction"},
@@ -30,6 +31,7 @@ LAYERS = (
         "scoring",
         "advantages",
     },
+    {"health_config"},
     {"config", "runfolder", "rollout_rows", "rollout_files", "rollout_figures", "diagnose"},
     {
         "config_files",

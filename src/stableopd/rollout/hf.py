@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +21,13 @@ from transformers.cache_utils import DynamicCache
 
 from stableopd.errors import ModelError
 from stableopd.heads import evaluating
+from stableopd.protocols import OnFinished
 from stableopd.rollout.cache import growing_cache, select_rows
 from stableopd.rollout.draws import Uniforms, draw_tokens
 from stableopd.rollout.loops import LoopWatch
 from stableopd.scoring import Autocast
 from stableopd.tokens import pad_left, position_ids
-from stableopd.types import Example, FinishReason, RolloutBatch, Sampling
+from stableopd.types import Example, FinishedRollout, FinishReason, RolloutBatch, Sampling
 
 
 class HFEngine:
@@ -83,7 +84,9 @@ class HFEngine:
         self.policy_version = policy_version
         self._accepted = _named_arguments(student)
 
-    def generate(self, examples: Sequence[Example], sampling: Sampling, *, step: int) -> RolloutBatch:
+    def generate(
+        self, examples: Sequence[Example], sampling: Sampling, *, step: int, on_finished: OnFinished | None = None
+    ) -> RolloutBatch:
         """`sampling.num_generations` completions for each example, grouped by example, in the order asked for.
 
         Returns: log-probabilities [B, T] in nats under softmax(logits / temperature) over the whole
@@ -105,7 +108,14 @@ class HFEngine:
         chunks = [by_length[start : start + self.max_batch_size] for start in starts]
         with torch.no_grad(), evaluating(self.model), self.autocast():
             pieces = [self._decode([rows[row] for row in chunk], sampling) for chunk in chunks]
-        return _assemble(rows, chunks, pieces, self.pad_token_id, self.policy_version)
+        batch = _assemble(rows, chunks, pieces, self.pad_token_id, self.policy_version)
+        for row, completion in zip(rows, batch.completions(), strict=True):
+            if on_finished:
+                teacher = examples[row.prompt].teacher
+                on_finished(
+                    FinishedRollout(prompt_ids=row.prompt_ids, completion_ids=tuple(completion), teacher=teacher)
+                )
+        return replace(batch, teachers=_teachers(examples, batch.prompt_index))
 
     def _decode(self, rows: list[_Row], sampling: Sampling) -> _Completions:
         batch, logits = self._prefill(rows, sampling)
@@ -279,6 +289,11 @@ class _Completions:
             stopped=self.stopped,
             looped=self.looped,
         )
+
+
+def _teachers(examples: Sequence[Example], prompt_index: Sequence[int]) -> tuple[str | None, ...]:
+    names = tuple(examples[prompt].teacher for prompt in prompt_index)
+    return names if any(names) else ()
 
 
 def _loop_watch(num_rows: int, sampling: Sampling, device: torch.device) -> LoopWatch | None:
