@@ -16,15 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from stableopd.config import StableOPDConfig
 from stableopd.distributed import share_weights
 from stableopd.errors import ModelError
-from stableopd.heads import HeadlessModel
+from stableopd.heads import Head, HeadlessModel
 from stableopd.judges import get_judge
 from stableopd.models import (
     computing_module,
     context_length,
     digest_of_weights,
+    frozen_copy,
     is_adapted,
     load_model,
-    load_model_config,
     load_tokenizer,
     lora_config,
     reference_of,
@@ -33,13 +33,14 @@ from stableopd.models import (
 from stableopd.optimizer import adamw
 from stableopd.preparation import Dataset, RunData, check_model, check_processes, check_trackers, prepare_data
 from stableopd.probe import probe_examples
-from stableopd.protocols import Judge, RewardFunction, Teacher
+from stableopd.protocols import Judge, RewardFunction, RolloutEngine, Teacher
 from stableopd.rollout.hf import HFEngine
+from stableopd.rollout.snapshot import SnapshotEngine
 from stableopd.rows import TrainingRows, gold_rows
 from stableopd.scoring import Autocast
 from stableopd.step import Updater
-from stableopd.teachers.local import LocalTeacher
-from stableopd.vocabulary import check_same_vocabulary, end_token_ids, pad_token_id, vocab_size
+from stableopd.teaching import local_models, put_to_work, servers_of, teachers_context
+from stableopd.vocabulary import end_token_ids, pad_token_id, vocab_size
 
 Model = str | nn.Module | None
 
@@ -53,7 +54,9 @@ class RunParts:
     data: RunData
     student: nn.Module
     teacher: Teacher | None
-    engine: HFEngine
+    engine: RolloutEngine
+    end_ids: frozenset[int]
+    """Every id that ends a completion."""
     updater: Updater
     judge: Judge
     reward: RewardFunction | None
@@ -91,24 +94,25 @@ def assemble(
     reward = get_judge(config.objective.reward.function, "objective.reward.function")
     tokenizer = processing_class or load_tokenizer(config.student, "student")
     student = model if isinstance(model, nn.Module) else load_model(config.student, "student")
-    end_ids = end_token_ids(tokenizer, getattr(student, "generation_config", None))
+    end_ids = end_token_ids(tokenizer, getattr(student, "generation_config", None)) | {*config.rollout.stop_token_ids}
     check_model("student", student, tokenizer, config)
-    shared, own = _common_context(student, config, teacher_model), context_length(student.config)
+    servers = servers_of(config, tokenizer)
+    own, others = context_length(student.config), teachers_context(config, teacher_model, servers)
+    shared = min((context for context in (own, others) if context is not None), default=None)
     data = prepare_data(config, tokenizer, shared, own, train_dataset, eval_dataset)
-    teacher = _load_teacher(config, teacher_model, tokenizer)
+    models = local_models(config, teacher_model, tokenizer)
 
     autocast = _autocast(accelerator, config.optimizer.bf16)
     student = _trainable(student, config, peft_config)
     student = student.to(accelerator.device)
     share_weights(student)
     digests = {"student": digest_of_weights(student), "dataset": data.digest()}
-    local_teacher = _local_teacher(teacher, config, tokenizer, accelerator, autocast)
-    engine = HFEngine(
-        model=computing_module(student),
-        end_token_ids=end_ids,
-        pad_token_id=pad_token_id(tokenizer),
+    teacher, teacher_head = put_to_work(
+        config,
+        models,
+        servers,
+        device=accelerator.device,
         vocab_size=vocab_size(tokenizer),
-        max_batch_size=config.rollout.max_batch_size,
         autocast=autocast,
     )
     return RunParts(
@@ -116,9 +120,10 @@ def assemble(
         tokenizer=tokenizer,
         data=data,
         student=student,
-        teacher=local_teacher,
-        engine=engine,
-        updater=_updater(student, local_teacher, config, tokenizer, accelerator, autocast),
+        teacher=teacher,
+        engine=_engine(student, config, tokenizer, end_ids, autocast),
+        end_ids=end_ids,
+        updater=_updater(student, teacher_head, config, tokenizer, accelerator, autocast),
         judge=judge,
         reward=reward if config.objective.needs_rewards else None,
         special_ids=frozenset(tokenizer.all_special_ids) - end_ids,
@@ -135,36 +140,6 @@ def with_names(config: StableOPDConfig, model: Model, teacher: Model) -> StableO
     if isinstance(teacher, str):
         update["teacher"] = config.teacher.model_copy(update={"model_name_or_path": teacher})
     return config.model_copy(update=update)
-
-
-def _common_context(student: nn.Module, config: StableOPDConfig, teacher: Model) -> int | None:
-    """Most tokens that student and teacher can both read; the teacher's weights are not loaded for it."""
-    contexts = [context_length(student.config)]
-    if config.objective.needs_teacher:
-        contexts.append(_teacher_context(config, teacher))
-    known = [context for context in contexts if context is not None]
-    return min(known) if known else None
-
-
-def _teacher_context(config: StableOPDConfig, teacher: Model) -> int | None:
-    if isinstance(teacher, nn.Module):
-        return context_length(teacher.config)
-    try:
-        return context_length(load_model_config(config.teacher, "teacher"))
-    except ModelError:  # adapters have no configuration of their own; what cannot be loaded at all is told later
-        return None
-
-
-def _load_teacher(config: StableOPDConfig, model: Model, tokenizer: PreTrainedTokenizerBase) -> nn.Module | None:
-    if not config.objective.needs_teacher:
-        return None
-    if isinstance(model, nn.Module):
-        teacher = model
-    else:
-        check_same_vocabulary(tokenizer, load_tokenizer(config.teacher, "teacher"))
-        teacher = load_model(config.teacher, "teacher")
-    check_model("teacher", teacher, tokenizer, config)
-    return teacher
 
 
 def _trainable(student: nn.Module, config: StableOPDConfig, peft_config: Any) -> nn.Module:
@@ -192,27 +167,32 @@ def _check_trained_dtype(student: nn.Module) -> None:
         )
 
 
-def _local_teacher(
-    teacher: nn.Module | None,
+def _engine(
+    student: nn.Module,
     config: StableOPDConfig,
     tokenizer: PreTrainedTokenizerBase,
-    accelerator: Accelerator,
+    end_ids: frozenset[int],
     autocast: Autocast,
-) -> LocalTeacher | None:
-    if teacher is None:
-        return None
-    return LocalTeacher(
-        teacher.to(accelerator.device),
-        model_id=str(config.teacher.model_name_or_path),
-        vocab_size=vocab_size(tokenizer),
-        token_budget=config.optimizer.micro_batch_tokens,
-        autocast=autocast,
-    )
+) -> RolloutEngine:
+    """The rollout engine that the configuration names; one that goes on during an update has weights of its own."""
+    model = computing_module(student)
+
+    def hf_engine(model: nn.Module) -> HFEngine:
+        return HFEngine(
+            model=model,
+            end_token_ids=end_ids,
+            pad_token_id=pad_token_id(tokenizer),
+            vocab_size=vocab_size(tokenizer),
+            max_batch_size=config.rollout.max_batch_size,
+            autocast=autocast,
+        )
+
+    return SnapshotEngine(hf_engine, frozen_copy(model)) if config.rollout.pipeline else hf_engine(model)
 
 
 def _updater(
     student: nn.Module,
-    teacher: LocalTeacher | None,
+    teacher_head: Head | None,
     config: StableOPDConfig,
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
@@ -230,7 +210,7 @@ def _updater(
         sequence_length=config.rollout.max_completion_length,
         autocast=autocast,
         reference=reference_of(student, headless) if config.needs_reference else None,
-        teacher_head=None if teacher is None else teacher.head,
+        teacher_head=teacher_head,
     )
 
 

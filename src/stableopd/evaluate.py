@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,22 @@ class Completion:
         return len(self.token_ids)
 
 
-def decode(rollouts: RolloutBatch, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Completion]:
-    """The rollouts as text. Special tokens inside are shown; only the end token is left off."""
+def decode(
+    rollouts: RolloutBatch,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    end_ids: Collection[int] | None = None,
+) -> list[Completion]:
+    """The rollouts as text. Special tokens inside are shown; only the end token is left off.
+
+    Args: `end_ids` tells end tokens from tokens that completed a stop string; None: there are no stop strings.
+    """
     completions = rollouts.completions()
-    shown = [
-        ids[:-1] if reason == "stop" else ids for ids, reason in zip(completions, rollouts.finish_reason, strict=True)
+    ended = [
+        reason == "stop" and (end_ids is None or ids[-1] in end_ids)
+        for ids, reason in zip(completions, rollouts.finish_reason, strict=True)
     ]
+    shown = [ids[:-1] if end else ids for ids, end in zip(completions, ended, strict=True)]
     texts = tokenizer.batch_decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return [
         Completion(example=examples[index], text=text, token_ids=ids, finish_reason=reason)
@@ -54,6 +64,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     tail_chars: int,
     compression_threshold: float,
+    end_ids: Collection[int] | None = None,
 ) -> dict[str, float]:
     """`eval/NAME/...` over all completions of all processes; each process brings its own examples.
 
@@ -62,7 +73,9 @@ def evaluate(
     wrong, and `judge_failures` says how many there were. The draws do not depend on the step, so
     that two checkpoints answer with the same luck.
     """
-    completions = decode(engine.generate(examples, sampling, step=0), examples, tokenizer) if examples else []
+    completions: list[Completion] = []
+    if examples:
+        completions = decode(engine.generate(examples, sampling, step=0), examples, tokenizer, end_ids)
     judged = gather_object([_judged(completion, judge) for completion in completions])
     verdicts = [record["right"] for record in judged if record["right"] is not None]
     lengths = [record["length"] for record in judged]

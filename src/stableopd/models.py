@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.quantizers.auto import AutoQuantizationConfig
 
-from stableopd.config import LoraSettings, ModelConfig
+from stableopd.config import LoraSettings, ModelConfig, TeacherConfig
 from stableopd.errors import ConfigError, MissingDependencyError, ModelError
 from stableopd.heads import Head, HeadlessModel, evaluating
 from stableopd.scoring import StatesModel
@@ -30,6 +31,8 @@ def load_model(config: ModelConfig, role: str) -> nn.Module:
     options: dict[str, Any] = {"dtype": DTYPES[config.dtype], "revision": config.revision, "use_safetensors": True}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
+    if isinstance(config, TeacherConfig):
+        options |= _placement(config, role)
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
@@ -40,6 +43,22 @@ def load_model(config: ModelConfig, role: str) -> nn.Module:
             ) from error
         raise _cannot_load("model", role, name, error) from error
     return model
+
+
+def _placement(config: TeacherConfig, role: str) -> dict[str, Any]:
+    """Where a frozen model's layers go, and how they are compressed, as transformers takes it."""
+    options: dict[str, Any] = {}
+    if config.device_map is not None:
+        options["device_map"] = config.device_map
+    if config.quantization is not None:
+        try:
+            options["quantization_config"] = AutoQuantizationConfig.from_dict(dict(config.quantization))
+        except (ValueError, TypeError, ImportError) as error:
+            raise ConfigError(
+                f"{role}.quantization is not what transformers takes as quantization_config: {_first_line(error)}. "
+                "An example: {quant_method: bitsandbytes, load_in_8bit: true}"
+            ) from error
+    return options
 
 
 def load_model_config(config: ModelConfig, role: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,11 +42,13 @@ from stableopd.models import computing_module
 from stableopd.observation import StepBatch, all_advantages, gather_views, overlap
 from stableopd.optimizer import learning_rate_at
 from stableopd.preparation import Dataset
-from stableopd.protocols import Callback
+from stableopd.protocols import Callback, ScoringStream
 from stableopd.recorder import check_nothing_lost
 from stableopd.rewards import check_rewards, reward_figures, reward_note, score_completions
+from stableopd.rollout.ahead import Ahead, Generated, generate_and_score
 from stableopd.rows import TrainingRows, concat_rows, gold_rows, minibatches, rollout_rows
-from stableopd.types import Alert, HealthReport, Sampling, TrainState
+from stableopd.teachers.streams import begin_scoring
+from stableopd.types import Alert, HealthReport, RolloutBatch, Sampling, TrainState
 from stableopd.vocabulary import pad_token_id
 
 MAX_STEPS_WITHOUT_UPDATE = 10
@@ -90,6 +93,8 @@ class StableOPDTrainer:
         self.student = parts.student
         self.teacher = parts.teacher
         self.engine = parts.engine
+        self.end_ids = parts.end_ids
+        self.ahead = Ahead()
         self.updater = parts.updater
         self.judge = parts.judge
         self.reward = parts.reward
@@ -128,6 +133,7 @@ class StableOPDTrainer:
                 self.save_model(self.config.run_dir / "merged", merge_adapters=True)
             self._each_callback("on_train_end")
         finally:
+            self.ahead.drop()
             if self.logbook:
                 self.logbook.close()
                 self.logbook = None
@@ -140,9 +146,11 @@ class StableOPDTrainer:
         batch = self._my_prompts(step)
         if self.config.objective.needs_rollouts:
             with self._phase(clock, step, "rollout"):
-                batch.rollouts = self.engine.generate(batch.examples, self._sampling(), step=step)
+                made = self.ahead.take(step) or self._generate(batch)
+                batch.rollouts = made.rollouts
+            self._start_ahead(step + 1)
             with self._phase(clock, step, "teacher"):
-                self._score(batch)
+                self._score(batch, made.scoring)
         with self._phase(clock, step, "health"):
             health = self._observe(batch)
             controls, done = self._decide(step)
@@ -150,11 +158,16 @@ class StableOPDTrainer:
         alerts = health.alerts + done
         if controls.rollback_to is not None:
             self._roll_back(controls.rollback_to)
-        elif not controls.stop:
+        elif controls.stop:
+            self.ahead.drop()
+        else:
             with self._phase(clock, step, "update"):
                 figures = self._update(batch, controls)
                 metrics.update(figures)
                 alerts += self.monitor.judge(step, figures)  # updates that were not made
+            with clock.phase("rollout"):
+                self.ahead.wait()
+            with clock.phase("sync"):
                 self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
         metrics.update(self._hindsight(batch))
         metrics.update(clock.metrics())
@@ -177,11 +190,14 @@ class StableOPDTrainer:
             temperature=settings.temperature,
             top_p=settings.top_p,
             num_generations=settings.num_samples,
+            stop_strings=self.config.rollout.stop_strings,
             seed=_seed(self.config.seed, _EVAL_STREAM),
         )
         runs = {settings.name: sampled}
         if settings.greedy:
-            runs[f"{settings.name}_greedy"] = Sampling(max_new_tokens=sampled.max_new_tokens, temperature=0.0)
+            runs[f"{settings.name}_greedy"] = Sampling(
+                max_new_tokens=sampled.max_new_tokens, temperature=0.0, stop_strings=sampled.stop_strings
+            )
         mine = self.data.held_out[self.accelerator.process_index :: self.accelerator.num_processes]
         metrics: dict[str, float] = {}
         for name, sampling in runs.items():
@@ -194,6 +210,7 @@ class StableOPDTrainer:
                 tokenizer=self.tokenizer,
                 tail_chars=health.tail_chars,
                 compression_threshold=health.compression_threshold,
+                end_ids=self.end_ids,
             )
         self._each_callback("on_evaluate", metrics)
         return metrics
@@ -226,20 +243,44 @@ class StableOPDTrainer:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             num_generations=rollout.num_generations,
+            stop_strings=rollout.stop_strings,
             stop_loops_after=rollout.stop_loops_after,
             seed=_seed(self.config.seed, _TRAIN_STREAM),
         )
 
-    def _score(self, batch: StepBatch) -> None:
-        if self.teacher is None or batch.rollouts is None:
+    def _generate(self, batch: StepBatch) -> Generated:
+        return generate_and_score(
+            self.engine, batch.examples, self._sampling(), step=batch.step, scoring=self._begin_scoring()
+        )
+
+    def _start_ahead(self, step: int) -> None:
+        """Begin to make the rollouts of the next step, where the run is pipelined.
+
+        Not across a checkpoint: the step after one starts from its weights, so that a resumed run is the same run.
+        """
+        if not self.config.rollout.pipeline or step > self.config.max_steps or self._may_save(step - 1):
             return
+        examples = self._my_prompts(step).examples
+        self.ahead.start(self.engine, examples, self._sampling(), step=step, scoring=self._begin_scoring())
+
+    def _begin_scoring(self) -> ScoringStream | None:
+        if self.teacher is None:
+            return None
         distill = self.config.objective.distill
-        batch.scores = self.teacher.score(
-            batch.rollouts,
+        return begin_scoring(
+            self.teacher,
             temperature=self.config.rollout.temperature,
             topk=distill.topk if distill.needs_topk else self.config.health.overlap_topk,
             states=distill.needs_states,
         )
+
+    def _score(self, batch: StepBatch, scoring: ScoringStream | None) -> None:
+        if scoring is None or batch.rollouts is None:
+            return
+        try:
+            batch.scores = scoring.result(batch.rollouts)
+        finally:
+            scoring.close()
         batch.teacher_logprobs = batch.scores.sampled_logprobs
 
     def _observe(self, batch: StepBatch) -> HealthReport:
@@ -256,7 +297,7 @@ class StableOPDTrainer:
     def _observe_rollouts(self, batch: StepBatch) -> HealthReport:
         """Texts and rewards of the step's rollouts, and the health of all processes' rollouts together."""
         assert batch.rollouts is not None
-        batch.completions = decode(batch.rollouts, batch.examples, self.tokenizer)
+        batch.completions = decode(batch.rollouts, batch.examples, self.tokenizer, self.end_ids)
         figures: dict[str, float] = {}
         if self.reward is not None:
             batch.rewards, mine = score_completions(batch.completions, self.reward)
@@ -315,6 +356,7 @@ class StableOPDTrainer:
 
     def _roll_back(self, step: int) -> None:
         """Weights, optimizer and the monitor's memory as they were after `step`. Steps and tokens go on counting."""
+        self.ahead.drop()
         then = self._load_healthy([step, *reversed(self.controller.checkpoints_needed)])
         self.monitor.load_state_dict(then.monitor)
         self.state.policy_version += 1
@@ -341,6 +383,8 @@ class StableOPDTrainer:
         late = batch.scores is not None and batch.teacher_logprobs is None
         if batch.rollouts is not None:
             signals, metrics = self._signals(batch)
+            if self.config.rollout.pipeline:
+                metrics["sampling/staleness"] = float(self.state.policy_version - batch.rollouts.policy_version)
             if controls.drop_loops:
                 signals = without_loops(signals, batch.rollouts, self.monitor.settings)
             parts.append(rollout_rows(batch.rollouts, batch.scores, signals, batch.positions))
@@ -395,6 +439,7 @@ class StableOPDTrainer:
             gap = batch.rollouts.sampling_logprobs - batch.teacher_logprobs
             mask = batch.rollouts.completion_mask
             metrics["teacher/reverse_kl"] = self._token_mean(gap, mask)
+            metrics |= self._by_teacher(batch.rollouts, gap)
             metrics["teacher/logprob"] = self._token_mean(batch.teacher_logprobs, mask)
             metrics["sampling/logprob"] = self._token_mean(batch.rollouts.sampling_logprobs, mask)
         late = batch.teacher_logprobs is not None and batch.scores is not None and batch.scores.sampled_logprobs is None
@@ -410,8 +455,18 @@ class StableOPDTrainer:
                 self.logbook.rollouts(batch.step, [view.to_json(batch.step, self.config.health) for view in shown])
         return metrics
 
+    def _by_teacher(self, rollouts: RolloutBatch, gap: torch.Tensor) -> dict[str, float]:
+        """`teacher/NAME/reverse_kl` of each of several teachers that had rollouts in this step."""
+        metrics: dict[str, float] = {}
+        for name in self.config.teachers if self.config.data.teacher_column else ():
+            rows = torch.tensor([teacher == name for teacher in rollouts.teachers], device=gap.device)
+            mean = self._token_mean(gap, rollouts.completion_mask & rows[:, None])
+            if not math.isnan(mean):
+                metrics[f"teacher/{name}/reverse_kl"] = mean
+        return metrics
+
     def _token_mean(self, values: torch.Tensor, mask: torch.Tensor) -> float:
-        """Mean of [B, T] values over the unmasked tokens of all processes."""
+        """Mean of [B, T] values over the unmasked tokens of all processes; NaN where there is none."""
         local = torch.stack([(values * mask).sum().double(), mask.sum().double()])
         total = self.accelerator.reduce(local, reduction="sum")
         return float(total[0] / total[1])
@@ -511,6 +566,11 @@ class StableOPDTrainer:
             )
             self._each_callback("on_save", str(path))
         self.accelerator.wait_for_everyone()
+
+    def _may_save(self, step: int) -> bool:
+        """Whether a checkpoint may be written at the end of this step, as far as can be told at its start."""
+        evaluated = bool(self.data.held_out) and self._due(step, self.config.evaluation.every_steps)
+        return self._due(step, self.config.checkpoint.every_steps) or (evaluated and self.config.checkpoint.keep_best)
 
     def _best_step(self) -> tuple[int, ...]:
         best = self.state.best_step if self.config.checkpoint.keep_best else None
