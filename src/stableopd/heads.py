@@ -80,8 +80,9 @@ class HeadlessModel(nn.Module):
         self.model = model
         self.vocab_size = vocab_size
         with evaluating(model), torch.no_grad():
-            self._linear = _has_linear_head(model, vocab_size)
-            self.packs = self._learn_to_pack()
+            spread = len({parameter.device for parameter in model.parameters()}) > 1  # a head on another device
+            self._linear = not spread and _has_linear_head(model, vocab_size)
+            self.packs = not spread and self._learn_to_pack()
         """Whether sequences can be handed over one after another, without padding."""
 
     @property
@@ -106,7 +107,7 @@ class HeadlessModel(nn.Module):
             states: Tensor = _backbone(self.model)(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
             return states
         logits: Tensor = self.model(input_ids=input_ids, use_cache=False, **inputs).logits
-        return logits
+        return logits.to(input_ids.device)
 
     @property
     def _attention(self) -> str:

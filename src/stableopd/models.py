@@ -36,13 +36,25 @@ def load_model(config: ModelConfig, role: str) -> nn.Module:
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        if "offload_folder" in str(error) or "offload_dir" in str(error):
+            raise _does_not_fit(role, name) from error
         if config.attn_implementation and _is_about_attention(error, config.attn_implementation):
             raise ModelError(
                 f"{role}.attn_implementation is {config.attn_implementation!r}, with which {name!r} cannot be loaded: "
                 f"{_first_line(error)}\nLeave it out to get the model's own, or take eager, sdpa or an installed kernel"
             ) from error
         raise _cannot_load("model", role, name, error) from error
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise _does_not_fit(role, name)
     return model
+
+
+def _does_not_fit(role: str, name: str) -> ModelError:
+    return ModelError(
+        f"{role}.device_map leaves parts of {name!r} outside the devices, to be fetched layer by layer at every pass. "
+        f"Set {role}.offload=true (the whole model moves in for each scoring) or {role}.quantization, or serve it "
+        f"elsewhere ({role}.server_url)"
+    )
 
 
 def _placement(config: TeacherConfig, role: str) -> dict[str, Any]:
