@@ -52,9 +52,7 @@ def main() -> None:
         for name, overrides in CASES.items()
     }
     finish(out, [run for runs in cases.values() for run in runs], parallel=1)
-    print(
-        "| method | rollouts | late accuracy | by pair | collapsed on the way | median step |\n|---|---|---|---|---|---|"
-    )
+    print("| method | rollouts | late accuracy | by pair | collapsed | median step |\n|---|---|---|---|---|---|")
     summary = {}
     for (method, name), runs in cases.items():
         records = [read_run(run.folder(out)) for run in runs]

@@ -42,12 +42,11 @@ from stableopd.models import computing_module
 from stableopd.observation import StepBatch, all_advantages, gather_views, overlap
 from stableopd.optimizer import learning_rate_at
 from stableopd.preparation import Dataset
-from stableopd.protocols import Callback, ScoringStream
+from stableopd.protocols import Callback
 from stableopd.recorder import check_nothing_lost
 from stableopd.rewards import check_rewards, reward_figures, reward_note, score_completions
-from stableopd.rollout.ahead import Ahead, Generated, generate_and_score
+from stableopd.rollout.source import RolloutSource
 from stableopd.rows import TrainingRows, concat_rows, gold_rows, minibatches, rollout_rows
-from stableopd.teachers.streams import begin_scoring
 from stableopd.types import Alert, HealthReport, RolloutBatch, Sampling, TrainState
 from stableopd.vocabulary import pad_token_id
 
@@ -94,7 +93,7 @@ class StableOPDTrainer:
         self.teacher = parts.teacher
         self.engine = parts.engine
         self.end_ids = parts.end_ids
-        self.ahead = Ahead()
+        self.source = self._source()
         self.updater = parts.updater
         self.judge = parts.judge
         self.reward = parts.reward
@@ -133,7 +132,7 @@ class StableOPDTrainer:
                 self.save_model(self.config.run_dir / "merged", merge_adapters=True)
             self._each_callback("on_train_end")
         finally:
-            self.ahead.drop()
+            self.source.drop()
             if self.logbook:
                 self.logbook.close()
                 self.logbook = None
@@ -146,11 +145,12 @@ class StableOPDTrainer:
         batch = self._my_prompts(step)
         if self.config.objective.needs_rollouts:
             with self._phase(clock, step, "rollout"):
-                made = self.ahead.take(step) or self._generate(batch)
-                batch.rollouts = made.rollouts
-            self._start_ahead(step + 1)
+                batch.rollouts = self.source.rollouts(batch.examples, self._sampling(), step=step)
+            if self._goes_ahead(step):
+                self.source.begin(self._my_prompts(step + 1).examples, self._sampling(), step=step + 1)
             with self._phase(clock, step, "teacher"):
-                self._score(batch, made.scoring)
+                batch.scores = self.source.scores(batch.rollouts)
+                batch.teacher_logprobs = None if batch.scores is None else batch.scores.sampled_logprobs
         with self._phase(clock, step, "health"):
             health = self._observe(batch)
             controls, done = self._decide(step)
@@ -159,16 +159,16 @@ class StableOPDTrainer:
         if controls.rollback_to is not None:
             self._roll_back(controls.rollback_to)
         elif controls.stop:
-            self.ahead.drop()
+            self.source.drop()
         else:
             with self._phase(clock, step, "update"):
                 figures = self._update(batch, controls)
                 metrics.update(figures)
                 alerts += self.monitor.judge(step, figures)  # updates that were not made
             with clock.phase("rollout"):
-                self.ahead.wait()
+                self.source.wait()
             with clock.phase("sync"):
-                self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
+                self.source.sync(computing_module(self.student), self.state.policy_version)
         metrics.update(self._hindsight(batch))
         metrics.update(clock.metrics())
         if self.data.held_out and self._due(step, self.config.evaluation.every_steps):
@@ -248,40 +248,22 @@ class StableOPDTrainer:
             seed=_seed(self.config.seed, _TRAIN_STREAM),
         )
 
-    def _generate(self, batch: StepBatch) -> Generated:
-        return generate_and_score(
-            self.engine, batch.examples, self._sampling(), step=batch.step, scoring=self._begin_scoring()
-        )
-
-    def _start_ahead(self, step: int) -> None:
-        """Begin to make the rollouts of the next step, where the run is pipelined.
-
-        Not across a checkpoint: the step after one starts from its weights, so that a resumed run is the same run.
-        """
-        if not self.config.rollout.pipeline or step > self.config.max_steps or self._may_save(step - 1):
-            return
-        examples = self._my_prompts(step).examples
-        self.ahead.start(self.engine, examples, self._sampling(), step=step, scoring=self._begin_scoring())
-
-    def _begin_scoring(self) -> ScoringStream | None:
-        if self.teacher is None:
-            return None
+    def _source(self) -> RolloutSource:
         distill = self.config.objective.distill
-        return begin_scoring(
+        return RolloutSource(
+            self.engine,
             self.teacher,
             temperature=self.config.rollout.temperature,
             topk=distill.topk if distill.needs_topk else self.config.health.overlap_topk,
             states=distill.needs_states,
         )
 
-    def _score(self, batch: StepBatch, scoring: ScoringStream | None) -> None:
-        if scoring is None or batch.rollouts is None:
-            return
-        try:
-            batch.scores = scoring.result(batch.rollouts)
-        finally:
-            scoring.close()
-        batch.teacher_logprobs = batch.scores.sampled_logprobs
+    def _goes_ahead(self, step: int) -> bool:
+        """Whether the next step's rollouts are made during this one.
+
+        Not across a checkpoint: the step after one starts from its weights, so that a resumed run is the same run.
+        """
+        return self.config.rollout.pipeline and step < self.config.max_steps and not self._may_save(step)
 
     def _observe(self, batch: StepBatch) -> HealthReport:
         """Health of the student before the step's update: its rollouts, where there are some, and the stop probe."""
@@ -356,11 +338,11 @@ class StableOPDTrainer:
 
     def _roll_back(self, step: int) -> None:
         """Weights, optimizer and the monitor's memory as they were after `step`. Steps and tokens go on counting."""
-        self.ahead.drop()
+        self.source.drop()
         then = self._load_healthy([step, *reversed(self.controller.checkpoints_needed)])
         self.monitor.load_state_dict(then.monitor)
         self.state.policy_version += 1
-        self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
+        self.source.sync(computing_module(self.student), self.state.policy_version)
         self.accelerator.wait_for_everyone()
 
     def _load_healthy(self, steps: Sequence[int]) -> TrainState:
@@ -522,7 +504,7 @@ class StableOPDTrainer:
         self.state.stopped = False
         self.monitor.load_state_dict(self.state.monitor)
         self.controller.load_state_dict(self.state.controller)
-        self.engine.sync_weights(computing_module(self.student), self.state.policy_version)
+        self.source.sync(computing_module(self.student), self.state.policy_version)
         return self.state.step
 
     def _tell_of_a_lost_log(self, path: Path, checkpoint: str) -> None:

@@ -49,7 +49,8 @@ def test_rollouts_of_a_pipelined_run_come_from_the_policy_of_one_step_before(run
     updates = settings["optimizer"]["num_minibatches"]
     del versions[0]  # the evaluation at the end
     assert versions == {1: 0, 2: 0, 3: updates, 4: 2 * updates}
-    expected = before._generate(before._my_prompts(2)).rollouts  # from the initial weights
+    examples = before._my_prompts(2).examples
+    expected = before.engine.generate(examples, before._sampling(), step=2)  # from the initial weights
     assert torch.equal(made[2], expected.completion_ids)
     staleness = [line["sampling/staleness"] for line in metrics_of(tmp_path / "run")]
     assert staleness == [0, updates, updates, updates]

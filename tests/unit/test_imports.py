@@ -47,6 +47,7 @@ LAYERS = (
         "rollout.subsets",
         "rollout.ahead",
         "rollout.snapshot",
+        "rollout.source",
         "teachers",
         "teachers.local",
         "teachers.offload",
