@@ -77,6 +77,27 @@ def test_two_processes_give_the_run_of_one(run_settings, tmp_path, num_minibatch
 
 
 @pytest.mark.slow
+def test_two_processes_give_the_run_of_one_with_two_teachers_in_a_pipeline(
+    run_settings, tmp_path, dataset, checkpoints
+):
+    rows = [json.loads(line) for line in (dataset / "train.jsonl").read_text().splitlines()]
+    path = tmp_path / "routed.jsonl"
+    path.write_text("".join(json.dumps({**row, "who": "ab"[n % 3 == 0]}) + "\n" for n, row in enumerate(rows)))
+    settings = run_settings(
+        max_steps=4,
+        data={"path": str(path), "teacher_column": "who"},
+        rollout={"pipeline": True},
+        objective={"correction": {"kind": "truncate"}},
+        evaluation={"every_steps": 3},
+        checkpoint={"every_steps": 100},
+    )
+    del settings["teacher"]
+    places = zip("ab", ("teacher", "student"), strict=True)
+    settings["teachers"] = {name: {"model_name_or_path": str(checkpoints / place)} for name, place in places}
+    assert_two_processes_give_the_run_of_one(settings, tmp_path)
+
+
+@pytest.mark.slow
 def test_two_processes_choose_the_least_certain_tokens_of_both_and_average_over_all_rows(run_settings, tmp_path):
     distill = {"divergence": "jsd", "tokens": {"entropy_fraction": 0.4, "mask_special": True}}
     settings = run_settings(max_steps=3, objective={"distill": distill, "aggregation": "sequence_mean"})
