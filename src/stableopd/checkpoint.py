@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,44 @@ def load_checkpoint(path: Path, *, student: nn.Module, optimizer: torch.optim.Op
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise _damaged(path, error) from error
     return state
+
+
+def load_first_readable(
+    paths: Sequence[Path], *, student: nn.Module, optimizer: torch.optim.Optimizer, tell: Callable[[str], None]
+) -> TrainState:
+    """`load_checkpoint` of the first of these that can be read; `tell` hears of each that cannot.
+
+    Raises: RunFolderError when none can.
+    """
+    for path in paths:
+        try:
+            return load_checkpoint(path, student=student, optimizer=optimizer)
+        except RunFolderError as error:
+            tell(f"{error}; trying the one before it")
+    steps = [_step_of(path) for path in paths]
+    raise RunFolderError(f"none of the checkpoints {steps} can be read, so the run cannot be rolled back")
+
+
+def newest_of_this_run(folder: Path, begun_with: Mapping[str, str]) -> Path | None:
+    """The newest checkpoint in a run's folder of them, which is cleared of half-written ones; None: there is none.
+
+    Args: `begun_with` holds digests by name (student, dataset), to be compared with those in the checkpoint.
+
+    Raises: RunFolderError when the run was begun with something else.
+    """
+    clean_up(folder)
+    found = checkpoints_in(folder)
+    if not found:
+        return None
+    stored = read_state(found[-1]).begun_with
+    changed = [name for name, digest in stored.items() if begun_with.get(name) != digest]
+    if changed:
+        raise RunFolderError(
+            f"{folder.parent} was begun with another {' and another '.join(changed)}, though the configuration names "
+            "the same: the reference and the order of prompts would change in the middle of the run. Put the old one "
+            "back, or choose another output_dir"
+        )
+    return found[-1]
 
 
 def read_state(path: Path) -> TrainState:

@@ -20,17 +20,16 @@ from stableopd.assembly import assemble, with_names
 from stableopd.checkpoint import (
     checkpoint_path,
     checkpoint_steps,
-    checkpoints_in,
-    clean_up,
     load_checkpoint,
-    read_state,
+    load_first_readable,
+    newest_of_this_run,
     rotate,
     save_checkpoint,
     save_model,
 )
 from stableopd.config import StableOPDConfig
 from stableopd.config_files import check_resumable
-from stableopd.errors import ConfigError, RunFolderError, TrainingError
+from stableopd.errors import ConfigError, TrainingError
 from stableopd.evaluate import decode, evaluate
 from stableopd.health.causes import why_without_updates
 from stableopd.health.controller import Controls, HealthController, Levers
@@ -339,21 +338,17 @@ class StableOPDTrainer:
     def _roll_back(self, step: int) -> None:
         """Weights, optimizer and the monitor's memory as they were after `step`. Steps and tokens go on counting."""
         self.source.drop()
-        then = self._load_healthy([step, *reversed(self.controller.checkpoints_needed)])
+        steps = [step, *reversed(self.controller.checkpoints_needed)]
+        then = load_first_readable(
+            [checkpoint_path(self.config.run_dir / "checkpoints", one) for one in steps],
+            student=self.student,
+            optimizer=self.updater.optimizer,
+            tell=lambda text: self._each_callback("on_note", text),
+        )
         self.monitor.load_state_dict(then.monitor)
         self.state.policy_version += 1
         self.source.sync(computing_module(self.student), self.state.policy_version)
         self.accelerator.wait_for_everyone()
-
-    def _load_healthy(self, steps: Sequence[int]) -> TrainState:
-        """The first of these checkpoints that can be read. Raises: RunFolderError when none can."""
-        for step in steps:
-            path = checkpoint_path(self.config.run_dir / "checkpoints", step)
-            try:
-                return load_checkpoint(path, student=self.student, optimizer=self.updater.optimizer)
-            except RunFolderError as error:
-                self._each_callback("on_note", f"{error}; trying the one before it")
-        raise RunFolderError(f"none of the checkpoints {[*steps]} can be read, so the run cannot be rolled back")
 
     def _update(self, batch: StepBatch, controls: Controls) -> dict[str, float]:
         """All optimizer updates of a step; returns their mean figures."""
@@ -486,21 +481,12 @@ class StableOPDTrainer:
 
     def _resume(self, path: Path) -> int | None:
         """Step of the checkpoint from which the run goes on; None when it was killed before its first one."""
-        clean_up(path / "checkpoints")
-        found = checkpoints_in(path / "checkpoints")
-        if not found:
+        newest = newest_of_this_run(path / "checkpoints", self.state.begun_with)
+        if newest is None:
             check_nothing_lost(path)
             return None
-        stored, now = read_state(found[-1]).begun_with, self.state.begun_with
-        changed = [name for name, digest in stored.items() if now.get(name) != digest]
-        if changed:
-            raise RunFolderError(
-                f"{path} was begun with another {' and another '.join(changed)}, though the configuration names the "
-                "same: the reference and the order of prompts would change in the middle of the run. Put the old one "
-                "back, or choose another output_dir"
-            )
-        self._tell_of_a_lost_log(path, found[-1].name)
-        self.state = load_checkpoint(found[-1], student=self.student, optimizer=self.updater.optimizer)
+        self._tell_of_a_lost_log(path, newest.name)
+        self.state = load_checkpoint(newest, student=self.student, optimizer=self.updater.optimizer)
         self.state.stopped = False
         self.monitor.load_state_dict(self.state.monitor)
         self.controller.load_state_dict(self.state.controller)
