@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stableopd.config import StableOPDConfig
 from stableopd.distributed import share_weights
+from stableopd.engines import make_engine
 from stableopd.errors import ModelError
 from stableopd.heads import Head, HeadlessModel
 from stableopd.judges import get_judge
@@ -22,7 +23,6 @@ from stableopd.models import (
     computing_module,
     context_length,
     digest_of_weights,
-    frozen_copy,
     is_adapted,
     load_model,
     load_tokenizer,
@@ -34,8 +34,6 @@ from stableopd.optimizer import adamw
 from stableopd.preparation import Dataset, RunData, check_model, check_processes, check_trackers, prepare_data
 from stableopd.probe import probe_examples
 from stableopd.protocols import Judge, RewardFunction, RolloutEngine, Teacher
-from stableopd.rollout.hf import HFEngine
-from stableopd.rollout.snapshot import SnapshotEngine
 from stableopd.rows import TrainingRows, gold_rows
 from stableopd.scoring import Autocast
 from stableopd.step import Updater
@@ -121,7 +119,7 @@ def assemble(
         data=data,
         student=student,
         teacher=teacher,
-        engine=_engine(student, config, tokenizer, end_ids, autocast),
+        engine=make_engine(student, config, tokenizer, end_ids, data.stream.examples, autocast),
         end_ids=end_ids,
         updater=_updater(student, teacher_head, config, tokenizer, accelerator, autocast),
         judge=judge,
@@ -165,29 +163,6 @@ def _check_trained_dtype(student: nn.Module) -> None:
             "away. Set student.dtype=float32 and optimizer.bf16=true: the arithmetic is then bfloat16 and the weights "
             "stay exact"
         )
-
-
-def _engine(
-    student: nn.Module,
-    config: StableOPDConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    end_ids: frozenset[int],
-    autocast: Autocast,
-) -> RolloutEngine:
-    """The rollout engine that the configuration names; one that goes on during an update has weights of its own."""
-    model = computing_module(student)
-
-    def hf_engine(model: nn.Module) -> HFEngine:
-        return HFEngine(
-            model=model,
-            end_token_ids=end_ids,
-            pad_token_id=pad_token_id(tokenizer),
-            vocab_size=vocab_size(tokenizer),
-            max_batch_size=config.rollout.max_batch_size,
-            autocast=autocast,
-        )
-
-    return SnapshotEngine(hf_engine, frozen_copy(model)) if config.rollout.pipeline else hf_engine(model)
 
 
 def _updater(
