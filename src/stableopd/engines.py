@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def _backend(
             settings.server_url,
             api_key_env=settings.api_key_env,
             timeout_s=settings.timeout_s,
-            sync_dir=Path(settings.sync_dir) if settings.sync_dir else config.run_dir / "vllm",
+            sync_dir=Path(settings.sync_dir or tempfile.mkdtemp(prefix="stableopd-vllm-")),
             save=save,
             stop_ids=sorted(end_ids),
             banned=banned,

@@ -17,8 +17,8 @@ class VllmConfig(Section):
     """`server`: its base URL, such as http://10.0.0.5:8000."""
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     sync_dir: str | None = None
-    """`server`: a folder that server and trainer see under the same path, through which weights pass; without it,
-    `vllm/` in the run folder."""
+    """`server`: a folder that server and trainer see under the same path, through which weights pass; without it, a
+    temporary one, for a server on the same machine."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the engine's weights and arithmetic; `auto`: that of the trainer's arithmetic."""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
