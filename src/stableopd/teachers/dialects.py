@@ -166,7 +166,9 @@ def tempered(row: RowScores, completion_ids: Sequence[int], temperature: float, 
 
 def _row(ask: Ask, sampled: list[float], tops: list[list[tuple[int, float]]] | None) -> RowScores:
     if min(sampled) <= _FLOOR:
-        raise BadAnswerError(f"a token has the log-probability {min(sampled):g}, which stands for NaN or minus infinity")
+        raise BadAnswerError(
+            f"a token has the log-probability {min(sampled):g}, which stands for NaN or minus infinity"
+        )
     if tops is None:
         return RowScores(sampled=np.array(sampled))
     kept = [_likeliest(pairs, ask) for pairs in tops]
@@ -201,7 +203,9 @@ def _table(position: Any) -> dict[int, float]:
     try:
         return {int(token): _number(_get(entry, "logprob")) for token, entry in position.items()}
     except ValueError as error:
-        raise BadAnswerError(str(error) if isinstance(error, BadAnswerError) else "a token id is not a number") from None
+        raise BadAnswerError(
+            str(error) if isinstance(error, BadAnswerError) else "a token id is not a number"
+        ) from None
 
 
 def _sampled(table: dict[int, float], token: int) -> float:

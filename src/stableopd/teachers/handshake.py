@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,8 +12,12 @@ from stableopd.model_config import TeacherConfig
 from stableopd.teachers.dialects import Ask, RowScores
 from stableopd.teachers.retrying import RefusedError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _FIRST_PROBED_ID = 10
 _NUM_PROBED = 8
+_NUM_TEXTS, _NUM_TEXT_TOKENS = 4, 160
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +36,17 @@ def probe(vocab_size: int, temperature: float, topk: int) -> Ask:
     """A short scoring, of ids that every vocabulary of this size has."""
     ids = tuple((_FIRST_PROBED_ID + number) % vocab_size for number in range(_NUM_PROBED))
     return Ask(prompt_ids=ids[:2], completion_ids=ids[2:], temperature=temperature, topk=topk, vocab_size=vocab_size)
+
+
+def probe_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A few texts that the tokenizer can encode, made of ordinary tokens from all over its vocabulary."""
+    marked = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    ordinary = sorted(index for index in tokenizer.get_vocab().values() if index not in marked)
+    chosen = ordinary[:: max(1, len(ordinary) // _NUM_TEXT_TOKENS)][:_NUM_TEXT_TOKENS]
+    pieces = [str(tokenizer.decode([index])) for index in chosen]
+    readable = [piece for piece in pieces if piece and "\ufffd" not in piece]  # no halves of characters
+    size = max(1, -(-len(readable) // _NUM_TEXTS))
+    return ["".join(readable[start : start + size]) for start in range(0, len(readable), size)]
 
 
 def listed_model(answer: Any, config: TeacherConfig, url: str) -> tuple[str, int | None]:

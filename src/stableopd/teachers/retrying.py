@@ -40,7 +40,7 @@ class Patience:
     longest_wait_s: float = 30.0
 
     def wait_s(self, retry: int, asked_s: float | None) -> float:
-        """Seconds before repeat `retry` (from 0): uniform up to a bound that doubles, after what the server asks for."""
+        """Seconds before repeat `retry` (from 0): uniform up to a bound that doubles, after what is asked for."""
         jittered = random.uniform(0.0, min(self.longest_wait_s, self.first_wait_s * 2.0**retry))
         return jittered if asked_s is None else min(asked_s, _LONGEST_ASKED_WAIT_S) + jittered
 

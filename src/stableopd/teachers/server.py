@@ -15,7 +15,15 @@ from stableopd.errors import ConfigError, MissingDependencyError, ModelError, Te
 from stableopd.model_config import TeacherConfig
 from stableopd.teachers.background import Background, wait_for_all
 from stableopd.teachers.dialects import WHOLE, Ask, BadAnswerError, RowScores, dialect, tempered
-from stableopd.teachers.handshake import Plan, applies_temperature, cannot_temper, listed_model, probe, too_many_topk
+from stableopd.teachers.handshake import (
+    Plan,
+    applies_temperature,
+    cannot_temper,
+    listed_model,
+    probe,
+    probe_texts,
+    too_many_topk,
+)
 from stableopd.teachers.retrying import Caller, Patience, RefusedError
 from stableopd.types import FinishedRollout, RolloutBatch, TokenScores
 
@@ -24,12 +32,6 @@ if TYPE_CHECKING:
 
 _SMALL_VOCABULARY = 4096
 """Up to so many tokens, the whole vocabulary is asked for where a server knows no temperature."""
-_PROBE_TEXTS = (
-    "Find the sum of 123 and 4567.",
-    "  def f(x):\n\treturn x ** 2\n\n",
-    "Straße, naïve, 東京, привет, 🙂",
-    "\\frac{1}{2} < \\sqrt{3} ≤ 10^{-6}",
-)
 
 
 class ServerTeacher:
@@ -94,7 +96,7 @@ class ServerTeacher:
         Raises: ModelError when they differ; TeacherError when the server stays away.
         """
         self._connect()
-        for text in _PROBE_TEXTS:
+        for text in probe_texts(tokenizer):
             body = {"model": self._model, "prompt": text, "add_special_tokens": False}
             try:
                 answer = self._background.run(self._caller.call("/tokenize", body))
@@ -215,8 +217,8 @@ class ServerTeacher:
         except BadAnswerError as problem:
             raise TeacherError(
                 f"the teacher's server {self._url} gave scores that cannot be used: {problem}. No weight was touched "
-                f"by this step. See that teacher.api ({self._config.api}) is what the server speaks and that its model is "
-                "sound, then resume the run"
+                f"by this step. See that teacher.api ({self._config.api}) is what the server speaks and that its model "
+                "is sound, then resume the run"
             ) from None
 
 

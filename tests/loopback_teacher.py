@@ -72,7 +72,9 @@ def vllm_answer(server: ModelServer, body: dict[str, Any]) -> dict[str, Any]:
     found = server.logprobs(ids, body["temperature"])
     positions: list[Any] = [None]
     for token, row in zip(ids[1:], found, strict=False):
-        table = {str(token): {"logprob": row[token].item(), "rank": int((row >= row[token]).sum()), "decoded_token": "?"}}
+        table = {
+            str(token): {"logprob": row[token].item(), "rank": int((row >= row[token]).sum()), "decoded_token": "?"}
+        }
         top = row.topk(len(row) if k == -1 else k)
         for rank, (value, index) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True), start=1):
             table[str(index)] = {"logprob": value, "rank": rank, "decoded_token": "?"}
@@ -91,7 +93,9 @@ def sglang_answer(server: ModelServer, body: dict[str, Any]) -> dict[str, Any]:
     for token, row in zip(ids[start + 1 :], found[start:], strict=False):
         sampled.append([row[token].item(), token, None])
         top = row.topk(min(k, len(row)))
-        tops.append([[value, index, None] for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)])
+        tops.append(
+            [[value, index, None] for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
+        )
     info: dict[str, Any] = {"prompt_tokens": len(ids), "completion_tokens": 0, "input_token_logprobs": sampled}
     if k:
         info["input_top_logprobs"] = tops
@@ -164,7 +168,7 @@ def _handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:
             self.answer(401, {"error": {"message": said}})
             return True
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             if self.refused():
                 return
             if self.path != "/v1/models":
@@ -173,7 +177,7 @@ def _handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:
             length = server.manners.max_model_len
             self.answer(200, {"data": [{"id": name, "max_model_len": length} for name in server.manners.models]})
 
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.refused():
                 return
