@@ -465,7 +465,7 @@ def test_tokenizers_are_compared_where_the_server_can_be_asked(server, tokenizer
     assert teacher.check_tokens(tokenizer) is False
     server.manners.tokenizer = tokenizer
     assert teacher.check_tokens(tokenizer) is True
-    other = PreTrainedTokenizerFast(tokenizer_object=_renumbered(tokenizer))
+    other = PreTrainedTokenizerFast(tokenizer_object=_renumbered(tokenizer), unk_token="<unk>")
     with pytest.raises(ModelError, match="another text"):
         teacher.check_tokens(other)
 
