@@ -37,6 +37,8 @@ class Manners:
     """So many scorings are right before."""
     max_model_len: int | None = 64
     models: tuple[str, ...] = ("tiny",)
+    lists: bool = True
+    """Answers /v1/models."""
     tokenizer: Any = None
 
 
@@ -178,7 +180,7 @@ def _handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             if self.refused():
                 return
-            if self.path != "/v1/models":
+            if self.path != "/v1/models" or not server.manners.lists:
                 self.answer(404, {"detail": "Not Found"})
                 return
             length = server.manners.max_model_len

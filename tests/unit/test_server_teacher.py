@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from stableopd.config import TeacherConfig
 from stableopd.errors import ConfigError, MissingDependencyError, ModelError, TeacherError
 from stableopd.protocols import StreamingTeacher, Teacher
 from stableopd.teachers.local import LocalTeacher
-from stableopd.teachers.retrying import Patience
+from stableopd.teachers.retrying import Patience, _asked_wait_s
 from stableopd.teachers.server import ServerTeacher
 from stableopd.tokens import pad_left, pad_right
 from stableopd.types import FinishedRollout, RolloutBatch, TokenScores
@@ -128,7 +130,7 @@ def test_far_and_near_give_the_same_scores(server, unpadded, api, topk):
 
 
 @BOTH
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(st.tuples(tokens(12), tokens(9)), min_size=1, max_size=6), topk=st.integers(0, 6))
 def test_far_and_near_agree_at_all_lengths(server, unpadded, teachers, api, rows, topk):
     rollouts = batch(rows)
@@ -276,6 +278,17 @@ def test_the_wait_that_a_server_asks_for_is_kept(server):
     begun = time.monotonic()
     teacher.score(batch([([1], [2])]), temperature=1.0)
     assert time.monotonic() - begun >= 1.0
+
+
+def test_a_date_may_be_asked_for_as_well():
+    import httpx
+
+    def asked(value: str) -> float | None:
+        return _asked_wait_s(httpx.Response(429, headers={"Retry-After": value}))
+
+    assert 55 < asked(format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)) <= 60
+    assert asked("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert asked("soon") is None
 
 
 @given(retry=st.integers(0, 40), asked=st.none() | st.floats(0, 1e6))
@@ -442,6 +455,22 @@ def test_of_several_models_one_must_be_named(server):
     teacher = remote(server, server_model="small")
     teacher.check(temperature=1.0)
     assert server.requests[-1][1]["model"] == "small"
+
+
+def test_a_server_without_a_list_is_used_where_its_model_is_known(server):
+    server.manners.lists = False
+    teacher = remote(server, "sglang")
+    teacher.score(ROWS, temperature=1.0)
+    assert teacher.context_length is None
+    assert remote(server, server_model="named").model_id == "named"
+    with pytest.raises(TeacherError, match=r"refuses /v1/models \(404\)"):
+        remote(server).check(temperature=1.0)
+
+
+def test_something_that_is_no_inference_server_is_told_as_such(server):
+    server.manners.models = ()
+    with pytest.raises(TeacherError, match="lists no models"):
+        remote(server).check(temperature=1.0)
 
 
 def test_the_context_leaves_the_server_room_for_one_token_and_bounds_rollouts(server):

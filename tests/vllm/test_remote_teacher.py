@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 KEY = "sk-of-this-test"
-START_S = 240
+START_S = 400
 
 
 @pytest.fixture(scope="module")
