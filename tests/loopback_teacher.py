@@ -187,7 +187,12 @@ def _handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:
             self.answer(200, {"data": [{"id": name, "max_model_len": length} for name in server.manners.models]})
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            size = int(self.headers["Content-Length"])
+            data = self.rfile.read(size)
+            if len(data) < size:  # the client has given up
+                self.close_connection = True
+                return
+            body = json.loads(data)
             if self.refused():
                 return
             if self.path == "/tokenize":
