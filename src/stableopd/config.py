@@ -91,8 +91,8 @@ HINTS: Mapping[str, str] = {
 }
 
 
-_HOLD_SECRETS = {"health", "health.notify", "health.notify.url"}
-"""Their values are never shown, not even in a complaint about them."""
+_HOLD_SECRETS = {"health", "health.notify", "health.notify.url", "rollout", "rollout.vllm"}
+"""Their values are never shown, not even in a complaint about them; nor are those of teachers, whose URLs may hold some."""
 
 
 class DataConfig(Section):
@@ -378,7 +378,7 @@ def _wrong_value(dotted: str, problem: Any) -> str:
     given, message = problem["input"], str(problem["msg"]).removeprefix("Value error, ")
     if not dotted:
         return message
-    if dotted in _HOLD_SECRETS:
+    if dotted in _HOLD_SECRETS or dotted.split(".")[0] in ("teacher", "teachers") or dotted.endswith("server_url"):
         return f"{dotted}: {message[0].lower()}{message[1:]}"
     if problem["type"] == "model_type":
         message = "is a section: give its settings one by one, as a mapping"

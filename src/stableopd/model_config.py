@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stableopd.sections import NonNegativeInt, Positive, PositiveInt, Section
 
@@ -57,6 +58,7 @@ class TeacherConfig(ModelConfig):
     timeout_s: Positive = 120.0
     """Longest wait for one answer of the server."""
     max_retries: NonNegativeInt = 6
+    """How often a request is repeated when the server is busy, broken or away; the waits grow up to half a minute."""
     max_concurrent: PositiveInt = 32
     """Most requests under way at a time, per process."""
 
@@ -77,6 +79,26 @@ class TeacherConfig(ModelConfig):
             )
         if self.offload and (self.device_map or self.quantization):
             raise ValueError("offload moves a whole model; it goes with neither device_map nor quantization")
-        if self.server_url is not None and not self.server_url.startswith(("http://", "https://")):
-            raise ValueError("server_url must begin with http:// or https://")
         return self
+
+    @field_validator("server_url")
+    @classmethod
+    def _plain_url(cls, url: str | None) -> str | None:
+        """A URL may be logged and shown, so that it must not carry a secret."""
+        if url is None:
+            return None
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("server_url must begin with http:// or https://")
+        try:
+            parts = urlsplit(url)
+            port_is_wrong = parts.port == 0
+        except ValueError:
+            port_is_wrong = True
+        if port_is_wrong or not parts.hostname or not url.isprintable():
+            raise ValueError("server_url must be a host and, where need be, a port and a path: http://10.0.0.5:8000")
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError(
+                "server_url must hold neither a user and password nor a query: it is shown in messages and kept in "
+                "config.yaml. Put the key into an environment variable and name that in api_key_env"
+            )
+        return url

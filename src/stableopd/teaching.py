@@ -44,11 +44,11 @@ def servers_of(config: StableOPDConfig, tokenizer: PreTrainedTokenizerBase) -> d
                 f"{config.objective.distill.divergence} needs the whole distribution; set "
                 "divergence=sampled_reverse_kl or support=teacher_topk, or load the teacher here (model_name_or_path)"
             )
-        if settings.model_name_or_path is not None:
+        server = ServerTeacher(settings, vocab_size=vocab_size(tokenizer))
+        server.check(temperature=config.rollout.temperature, topk=topk_of(config))
+        if not server.check_tokens(tokenizer) and settings.model_name_or_path is not None:
             check_same_vocabulary(tokenizer, load_tokenizer(settings, role))
-        servers[name] = ServerTeacher.of(settings, role=role, vocab_size=vocab_size(tokenizer))
-        servers[name].check(temperature=config.rollout.temperature)
-        servers[name].check_tokens(tokenizer)
+        servers[name] = server
     return servers
 
 
@@ -131,6 +131,12 @@ def _context_of(settings: TeacherConfig, role: str) -> int | None:
         return context_length(load_model_config(settings, role))
     except ModelError:  # adapters have no configuration of their own; what cannot be loaded at all is told later
         return None
+
+
+def topk_of(config: StableOPDConfig) -> int:
+    """How many of the likeliest tokens a teacher is asked for at each position; 0: none."""
+    distill = config.objective.distill
+    return distill.topk if distill.needs_topk else config.health.overlap_topk
 
 
 def role_of(config: StableOPDConfig, name: str) -> str:

@@ -46,6 +46,7 @@ from stableopd.recorder import check_nothing_lost
 from stableopd.rewards import check_rewards, reward_figures, reward_note, score_completions
 from stableopd.rollout.source import RolloutSource
 from stableopd.rows import TrainingRows, concat_rows, gold_rows, minibatches, rollout_rows
+from stableopd.teaching import topk_of
 from stableopd.types import Alert, HealthReport, RolloutBatch, Sampling, TrainState
 from stableopd.vocabulary import pad_token_id
 
@@ -248,13 +249,12 @@ class StableOPDTrainer:
         )
 
     def _source(self) -> RolloutSource:
-        distill = self.config.objective.distill
         return RolloutSource(
             self.engine,
             self.teacher,
             temperature=self.config.rollout.temperature,
-            topk=distill.topk if distill.needs_topk else self.config.health.overlap_topk,
-            states=distill.needs_states,
+            topk=topk_of(self.config),
+            states=self.config.objective.distill.needs_states,
         )
 
     def _goes_ahead(self, step: int) -> bool:
