@@ -98,7 +98,7 @@ def test_loops_are_ended_at_the_same_token_in_refilled_slots():
     assert {"loop", "stop"} <= set(expected.finish_reason)
 
 
-def test_completions_under_autocast_and_eager_attention_are_refilled_too():
+def test_eager_attention_is_refilled_too():
     model, examples = qwen(attn_implementation="eager"), prompts(3, 9, 1, 5)
     sampling = Sampling(max_new_tokens=20, num_generations=3)
     found = engine(model, max_batch_size=5).generate(examples, sampling, step=2)
@@ -132,7 +132,6 @@ def test_a_sliding_window_waits_until_its_batch_is_over():
     options = {"max_batch_size": 3, "compact_below": 1.0}
     shapes = widths_of(model, examples=examples, sampling=Sampling(max_new_tokens=12), options=options)
     second = shapes.index((2, 4))
-    assert shapes[second - 1][0] < 3 or shapes[second + 1][0] == 2
     assert max(rows for rows, _ in shapes[second:]) == 2, "no row of the first three goes on beside the last two"
 
 

@@ -234,9 +234,7 @@ def _stop_watch(num_rows: int, sampling: Sampling, tokenizer: PreTrainedTokenize
     return StopWatch(num_rows, sampling.stop_strings, tokenizer)
 
 
-def _check_request(
-    examples: Sequence[Example], sampling: Sampling, tokenizer: PreTrainedTokenizerBase | None
-) -> None:
+def _check_request(examples: Sequence[Example], sampling: Sampling, tokenizer: PreTrainedTokenizerBase | None) -> None:
     if not examples:
         raise ValueError("There are no examples to generate from.")
     for example in examples:
@@ -254,8 +252,8 @@ def _check_request(
         raise ValueError("One of the stop strings is empty. Every text holds it; leave it out.")
     if sampling.stop_strings and tokenizer is None:
         raise ValueError(
-            f"The stop strings {list(sampling.stop_strings)} are looked for in the text of completions, and this engine "
-            "has no tokenizer to make it with. Construct it with tokenizer=..., or leave stop_strings out."
+            f"The stop strings {list(sampling.stop_strings)} are looked for in the text of completions, and this "
+            "engine has no tokenizer to make it with. Construct it with tokenizer=..., or leave stop_strings out."
         )
 
 

@@ -34,7 +34,7 @@ class StopWatch:
         self._rows = [_Tail() for _ in range(num_rows)]
 
     def push(self, tokens: Tensor, alive: Tensor) -> Tensor:
-        """Whether each row stops now, [b] bool. `tokens` [b] are new; rows that are not `alive` [b] are not looked at."""
+        """Whether each row stops now, [b] bool. `tokens` [b] are new; only rows that are `alive` [b] are looked at."""
         rows = zip(self._rows, tokens.tolist(), alive.tolist(), strict=True)
         found = [living and self._stops(row, token) for row, token, living in rows]
         return torch.tensor(found, device=tokens.device)
