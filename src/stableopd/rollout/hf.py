@@ -66,7 +66,7 @@ class HFEngine:
         vocab_size: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_batch_size: int = 256,
-        compact_below: float = 0.75,
+        compact_below: float = 0.85,
         autocast: Autocast = nullcontext,
         on_tokens: Callable[[int], None] | None = None,
     ) -> None:
