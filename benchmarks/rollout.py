@@ -10,11 +10,11 @@ come, the likeliest next token is always one less, and 0 ends. So whoever decode
 One case has more rows than slots: there the engine refills slots as rows finish, continuous batching does the same,
 and `generate` takes one batch of so many rows after the other.
 
-Sides take turns in one process, on a CPU on one thread. The figure is useful tokens per second: those up to and including the
-end token. Prints a table, and as its last line one JSON object whose ratios are ours / theirs: medians over repeats
-for each size, and over sizes at the top. On a CUDA device it also says which fraction of the memory-bandwidth floor
-the engine reaches: the time that it takes to read all weights once and the cache of the rows under way once for every
-token position, at the rate at which the device copies memory, over the time that decoding took.
+Sides take turns in one process, on a CPU on one thread. The figure is useful tokens per second: those up to and
+including the end token. Prints a table, and as its last line one JSON object whose ratios are ours / theirs: medians
+over repeats for each size, and over sizes at the top. On a CUDA device it also says which fraction of the
+memory-bandwidth floor the engine reaches: the time that it takes to read all weights once and the cache of the rows
+under way once for every token position, at the rate at which the device copies memory, over the time that it took.
 """
 
 from __future__ import annotations

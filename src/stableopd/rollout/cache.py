@@ -49,9 +49,10 @@ def joined(parts: Sequence[CachePart], width: int) -> DynamicCache:
     One copy, with room for tokens to come.
     """
     cache = copy(parts[0].cache)
-    cache.layers = [copy(layer) for layer in cache.layers]
-    for number, layer in enumerate(cache.layers):
-        sources = [part.cache.layers[number] for part in parts]
+    layers: list[Any] = [copy(layer) for layer in cache.layers]
+    cache.layers = layers
+    for number, layer in enumerate(layers):
+        sources: list[Any] = [part.cache.layers[number] for part in parts]
         if layer.is_initialized:  # a layer may use the keys of another one and hold none
             keys = _side_by_side([source.keys for source in sources], parts, width)
             values = _side_by_side([source.values for source in sources], parts, width)
