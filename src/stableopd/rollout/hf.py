@@ -42,7 +42,8 @@ class HFEngine:
         pad_token_id: fills the padding; may be an end token, as masks come from lengths.
         vocab_size: ids from here on are padding of the embedding and are never drawn. None: all ids are real.
         tokenizer: makes the text in which stop strings are looked for; needed for those alone.
-        max_batch_size: rows decoded at a time; bounds the memory of cache and logits.
+        max_batch_size: rows decoded at a time; bounds the memory of cache and logits. With sliding windows or recurrent
+            states waiting rows do not join those under way: they start when all of these have finished.
         compact_below: finished rows leave the batch, and waiting ones come in, when the fraction still alive is at
             most this. In [0, 1]; 0 waits until all have finished, 1 drops and refills at each one.
         autocast: makes the context manager around forward passes, such as `torch.autocast` with its arguments bound.
@@ -205,7 +206,7 @@ class HFEngine:
             use_cache=True,
             **{name: value for name, value in optional.items() if name in self._accepted},
         )
-        returned = getattr(outputs, "cache", None)  # transformers before 5.2x calls it past_key_values
+        returned = getattr(outputs, "cache", None)  # older transformers call it past_key_values
         if (returned if returned is not None else getattr(outputs, "past_key_values", None)) is not cache:
             raise ModelError(
                 f"{type(self.model).__name__} does not decode with the DynamicCache it is given, as it keeps its state "
