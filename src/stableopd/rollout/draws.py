@@ -86,17 +86,31 @@ class Uniforms:
         self._streams = [np.random.Generator(np.random.Philox(seed)) for seed in seeds]
         self._device = device
         self._dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._drawn = torch.empty(len(keys), 0, dtype=self._dtype, device=device)
+        self._ahead = torch.empty(len(keys), 0, dtype=self._dtype, device=device)
+        """[b, drawn]: the next numbers of each row, of which `_used` have been handed out."""
         self._used = 0
 
     def next(self) -> Tensor:
         """[b]: the next number of each row."""
-        if self._used == self._drawn.shape[1]:
-            drawn = np.stack([stream.random(_DRAWS_AT_A_TIME) for stream in self._streams])
-            self._drawn, self._used = torch.from_numpy(drawn).to(self._device, self._dtype), 0
+        if self._used == self._ahead.shape[1]:
+            self._look_ahead()
         self._used += 1
-        return self._drawn[:, self._used - 1]
+        return self._ahead[:, self._used - 1]
 
     def keep(self, kept: Tensor) -> None:
-        self._drawn = self._drawn[kept]
+        self._ahead = self._ahead[kept]
         self._streams = [self._streams[row] for row in kept.tolist()]
+
+    def join(self, other: Uniforms) -> None:
+        """Takes the rows of `other` behind its own; every row goes on in its stream where it stood."""
+        self._look_ahead()
+        other._look_ahead()
+        self._ahead = torch.cat([self._ahead, other._ahead])
+        self._streams += other._streams
+
+    def _look_ahead(self) -> None:
+        """Draws until each row has `_DRAWS_AT_A_TIME` numbers that were not handed out."""
+        left = self._ahead[:, self._used :]
+        drawn = np.stack([stream.random(_DRAWS_AT_A_TIME - left.shape[1]) for stream in self._streams])
+        fresh = torch.from_numpy(drawn).to(self._device, self._dtype)
+        self._ahead, self._used = torch.cat([left, fresh], dim=1), 0

@@ -1,9 +1,9 @@
-"""Rollouts with a Hugging Face model inside the training process: a decode loop that drops finished rows.
+"""Rollouts with a Hugging Face model inside the training process: a decode loop that refills its slots.
 
 The weights are the student's own, so nothing has to be copied to an engine. Lengths of completions are
 heavy-tailed: most rows of a batch end early, and a loop that goes on computing them wastes most of
-its work. Here finished rows leave the batch and its key-value cache, a prompt is read once however
-many completions it gets, and the cache is written in place instead of copied for every token.
+its work. Here finished rows leave the batch and its key-value cache and waiting ones take their slots, a prompt is
+read once however many completions it gets, and the cache is written in place instead of copied for every token.
 """
 
 from __future__ import annotations
@@ -11,23 +11,26 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from stableopd.errors import ModelError
 from stableopd.heads import evaluating
 from stableopd.protocols import OnFinished
-from stableopd.rollout.cache import growing_cache, select_rows
+from stableopd.rollout.cache import can_be_joined, growing_cache
+from stableopd.rollout.drawn import Drawn
 from stableopd.rollout.draws import Uniforms, draw_tokens
 from stableopd.rollout.loops import LoopWatch
+from stableopd.rollout.queue import Queue, request_rows
+from stableopd.rollout.slots import Prompts, Slots, settled
+from stableopd.rollout.stops import StopWatch
 from stableopd.scoring import Autocast
 from stableopd.tokens import pad_left, position_ids
-from stableopd.types import Example, FinishedRollout, FinishReason, RolloutBatch, Sampling
+from stableopd.types import Example, RolloutBatch, Sampling
 
 
 class HFEngine:
@@ -38,9 +41,11 @@ class HFEngine:
         end_token_ids: every id that ends a completion. Empty: all completions run to their budget.
         pad_token_id: fills the padding; may be an end token, as masks come from lengths.
         vocab_size: ids from here on are padding of the embedding and are never drawn. None: all ids are real.
-        max_batch_size: rows decoded at a time; bounds the memory of cache and logits.
-        compact_below: finished rows leave the batch when the fraction still alive is at most this. In [0, 1];
-            0 never drops a row, 1 drops each at once.
+        tokenizer: makes the text in which stop strings are looked for; needed for those alone.
+        max_batch_size: rows decoded at a time; bounds the memory of cache and logits. With sliding windows or recurrent
+            states waiting rows do not join those under way: they start when all of these have finished.
+        compact_below: finished rows leave the batch, and waiting ones come in, when the fraction still alive is at
+            most this. In [0, 1]; 0 waits until all have finished, 1 drops and refills at each one.
         autocast: makes the context manager around forward passes, such as `torch.autocast` with its arguments bound.
         on_tokens: called after each decoded token position with the number of completion tokens it added.
 
@@ -60,8 +65,9 @@ class HFEngine:
         end_token_ids: Collection[int],
         pad_token_id: int,
         vocab_size: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         max_batch_size: int = 256,
-        compact_below: float = 0.75,
+        compact_below: float = 0.85,
         autocast: Autocast = nullcontext,
         on_tokens: Callable[[int], None] | None = None,
     ) -> None:
@@ -72,6 +78,7 @@ class HFEngine:
         self.end_token_ids = frozenset(end_token_ids)
         self.pad_token_id = pad_token_id
         self.vocab_size = vocab_size
+        self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
         self.compact_below = compact_below
         self.autocast = autocast
@@ -90,83 +97,104 @@ class HFEngine:
         """`sampling.num_generations` completions for each example, grouped by example, in the order asked for.
 
         Returns: log-probabilities [B, T] in nats under softmax(logits / temperature) over the whole
-            vocabulary, before top-p and top-k; `stop` for rows that drew an end token, `loop` for those ended
-            in one (`sampling.stop_loops_after`), else `length`.
+            vocabulary, before top-p and top-k; `stop` for rows that drew an end token or completed a stop string,
+            `loop` for those ended in one (`sampling.stop_loops_after`), else `length`.
 
         Raises:
-            ValueError: no examples, an empty prompt, or an impossible `sampling`.
+            ValueError: no examples, an empty prompt, an impossible `sampling`, or stop strings without a tokenizer.
             ModelError: see the class.
         """
-        _check_request(examples, sampling)
-        rows = [
-            _Row(prompt, example.prompt_ids, (sampling.seed, step, example.index, generation))
-            for prompt, example in enumerate(examples)
-            for generation in range(sampling.num_generations)
-        ]
-        by_length = sorted(range(len(rows)), key=lambda row: len(rows[row].prompt_ids))
-        starts = range(0, len(rows), self.max_batch_size)
-        chunks = [by_length[start : start + self.max_batch_size] for start in starts]
+        _check_request(examples, sampling, self.tokenizer)
+        rows = request_rows(examples, sampling, step)
+        ends = torch.tensor(sorted(self.end_token_ids), dtype=torch.int64, device=self._device)
+        drawn = Drawn(rows, examples, sampling.max_new_tokens, ends, on_finished)
         with torch.no_grad(), evaluating(self.model), self.autocast():
-            pieces = [self._decode([rows[row] for row in chunk], sampling) for chunk in chunks]
-        batch = _assemble(rows, chunks, pieces, self.pad_token_id, self.policy_version)
-        for row, completion in zip(rows, batch.completions(), strict=True):
-            if on_finished:
-                teacher = examples[row.prompt].teacher
-                on_finished(
-                    FinishedRollout(prompt_ids=row.prompt_ids, completion_ids=tuple(completion), teacher=teacher)
-                )
-        return replace(batch, teachers=_teachers(examples, batch.prompt_index))
+            self._decode(Queue(rows), drawn, sampling)
+        return drawn.batch(self.pad_token_id, self.policy_version)
 
-    def _decode(self, rows: list[_Row], sampling: Sampling) -> _Completions:
-        batch, logits = self._prefill(rows, sampling)
-        ends = self._end_table(logits)
-        done = _Completions.empty(len(rows), sampling.max_new_tokens, logits.device)
-        num_alive = len(rows)
-        for column in range(sampling.max_new_tokens):
-            token, logprob = draw_tokens(logits, sampling, batch.next_uniforms())
-            done.record(batch, column, token, logprob)
-            if self.on_tokens:
-                self.on_tokens(num_alive)
-            batch.alive &= ~ends[token]
-            if batch.loops:
-                done.looped[batch.slots] |= batch.alive & batch.loops.push(done.ids[:, : column + 1], batch.slots)
-                batch.alive &= ~done.looped[batch.slots]
-            num_alive = int(batch.alive.sum())
-            if num_alive == 0 or column + 1 == sampling.max_new_tokens:
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _decode(self, queue: Queue, drawn: Drawn, sampling: Sampling) -> None:
+        slots = self._refilled(None, queue, drawn, sampling)
+        while slots is not None:
+            logits = self._logits(slots.token[:, None], slots.mask(), positions=slots.positions(), cache=slots.cache)
+            slots.width += 1
+            self._draw(slots, logits, drawn, sampling)
+            if slots.num_alive < len(slots) and slots.num_alive <= self.compact_below * len(slots):
+                slots = self._refilled(slots, queue, drawn, sampling)
+
+    def _refilled(self, slots: Slots | None, queue: Queue, drawn: Drawn, sampling: Sampling) -> Slots | None:
+        """What is alive of `slots`, with rows of the queue in the free ones; None when nothing is left to do."""
+        parts = [slots] if slots and slots.num_alive else []
+        free = self.max_batch_size - sum(part.num_alive for part in parts)
+        if parts and not can_be_joined(parts[0].cache):
+            free = 0
+        while queue.waiting and free:
+            newcomers = self._started(queue, free, drawn, sampling)
+            if newcomers.num_alive:
+                parts.append(newcomers)
                 break
-            if num_alive < len(token) and num_alive <= self.compact_below * len(token):
-                kept = batch.alive.nonzero().squeeze(1)
-                batch.keep(kept)
-                token = token[kept]
-            logits = self._logits(token[:, None], batch.advance(), positions=batch.position, cache=batch.cache)
-        done.stopped[batch.slots] = ~batch.alive
-        done.stopped &= ~done.looped
-        return done.trimmed()
+        return settled(parts) if parts else None
 
-    def _prefill(self, rows: list[_Row], sampling: Sampling) -> tuple[_Batch, Tensor]:
-        """Reads each distinct prompt once; returns the batch of all rows, and logits [b, V] for their first token."""
-        device = next(self.model.parameters()).device
-        prompts = {row.prompt: row.prompt_ids for row in rows}
-        ids, mask = pad_left(list(prompts.values()), self.pad_token_id, device)
+    def _started(self, queue: Queue, free: int, drawn: Drawn, sampling: Sampling) -> Slots:
+        """Up to `free` rows of the queue with their first tokens; each distinct prompt is read once."""
+        rows = queue.take(free)
+        known = queue.prompts
+        unread = {row.prompt: row.prompt_ids for row in rows if known is None or row.prompt not in known.place}
+        prompts = known
+        if unread:
+            read = self._read(unread)
+            prompts = read if known is None else known.and_also(read)
+        assert prompts is not None
+        queue.keep_for_the_rest(prompts)
+        keys = [row.key for row in rows]
+        slots = Slots.starting(
+            rows,
+            prompts,
+            uniforms=Uniforms(keys, self._device) if sampling.temperature else None,
+            loops=_loop_watch(len(rows), sampling, self._device),
+            stops=_stop_watch(len(rows), sampling, self.tokenizer),
+        )
+        self._draw(slots, prompts.logits[slots.place], drawn, sampling)
+        return slots
+
+    def _read(self, prompts: dict[int, tuple[int, ...]]) -> Prompts:
+        """The prompts, in a cache, with logits [p, V] for their first tokens."""
+        ids, mask = pad_left(list(prompts.values()), self.pad_token_id, self._device)
         padded = any(len(prompt) < ids.shape[1] for prompt in prompts.values())
         cache = growing_cache(self.model)
         logits = self._logits(ids, mask if padded else None, positions=position_ids(mask), cache=cache)
-
-        place = {prompt: at for at, prompt in enumerate(prompts)}
-        source = torch.tensor([place[row.prompt] for row in rows], device=device)
-        if len(prompts) < len(rows):
-            select_rows(cache, source)
-        batch = _Batch(
+        self._check_ends(logits)
+        return Prompts(
             cache=cache,
             width=ids.shape[1],
-            position=position_ids(mask)[source, -1:],
-            mask=F.pad(mask, (0, sampling.max_new_tokens), value=True)[source] if padded else None,
-            slots=torch.arange(len(rows), device=device),
-            alive=torch.ones(len(rows), dtype=torch.bool, device=device),
-            uniforms=Uniforms([row.key for row in rows], device) if sampling.temperature else None,
-            loops=_loop_watch(len(rows), sampling, device),
+            start=ids.shape[1] - mask.sum(dim=1),
+            logits=logits,
+            place={prompt: at for at, prompt in enumerate(prompts)},
         )
-        return batch, logits[source]
+
+    def _draw(self, slots: Slots, logits: Tensor, drawn: Drawn, sampling: Sampling) -> None:
+        """Draws the next token of each row from logits [b, V], and sees which rows end with it."""
+        token, logprob = draw_tokens(logits, sampling, slots.uniforms.next() if slots.uniforms else None)
+        drawn.write(slots, token, logprob)
+        if self.on_tokens:
+            self.on_tokens(slots.num_alive)
+        alive = slots.alive & ~drawn.is_end(token)
+        if slots.stops:
+            stopped = slots.stops.push(token, alive)
+            drawn.mark_stopped(slots, stopped)
+            alive = alive & ~stopped
+        if slots.loops:
+            looped = alive & slots.loops.push(drawn.ids[:, : slots.longest], slots.rows, slots.counts)
+            drawn.mark_looped(slots, looped)
+            alive = alive & ~looped
+        alive = alive & (slots.counts < sampling.max_new_tokens)
+        num_alive = int(alive.sum())  # the one time per token that a device is waited for
+        if num_alive < slots.num_alive:
+            drawn.close(slots, slots.alive & ~alive)
+        slots.token, slots.alive, slots.num_alive = token, alive, num_alive
 
     def _logits(self, ids: Tensor, mask: Tensor | None, *, positions: Tensor, cache: DynamicCache) -> Tensor:
         """Logits [b, V] after the last column of `ids`, whose keys and values are added to the cache."""
@@ -178,7 +206,8 @@ class HFEngine:
             use_cache=True,
             **{name: value for name, value in optional.items() if name in self._accepted},
         )
-        if getattr(outputs, "past_key_values", None) is not cache:
+        returned = getattr(outputs, "cache", None)  # older transformers call it past_key_values
+        if (returned if returned is not None else getattr(outputs, "past_key_values", None)) is not cache:
             raise ModelError(
                 f"{type(self.model).__name__} does not decode with the DynamicCache it is given, as it keeps its state "
                 "elsewhere or adds a prefix of its own. Use another rollout engine, such as vllm, for this model."
@@ -186,114 +215,13 @@ class HFEngine:
         logits: Tensor = outputs.logits[:, -1, : self.vocab_size]
         return logits
 
-    def _end_table(self, logits: Tensor) -> Tensor:
-        """[V] bool: is this id an end token?"""
+    def _check_ends(self, logits: Tensor) -> None:
         size = logits.shape[-1]
-        ends = [end for end in self.end_token_ids if 0 <= end < size]
-        if self.end_token_ids and not ends:
+        if self.end_token_ids and not any(0 <= end < size for end in self.end_token_ids):
             raise ModelError(
                 f"None of the end tokens {sorted(self.end_token_ids)} lies in the vocabulary of {size} ids, so no "
                 "completion could ever stop. Check that model and tokenizer belong together."
             )
-        table = torch.zeros(size, dtype=torch.bool, device=logits.device)
-        table[ends] = True
-        return table
-
-
-class _Row(NamedTuple):
-    """One completion to draw."""
-
-    prompt: int
-    """Position of its example in the request."""
-    prompt_ids: tuple[int, ...]
-    key: tuple[int, int, int, int]
-    """(seed, step, example.index, generation): names the row's stream of random numbers."""
-
-
-@dataclass(kw_only=True, slots=True)
-class _Batch:
-    """The rows under decoding; b shrinks as they finish."""
-
-    cache: DynamicCache
-    width: int
-    """Columns in the cache, the padding of prompts included."""
-    position: Tensor
-    """[b, 1] int64: position of the newest token, padding not counted."""
-    mask: Tensor | None
-    """[b, P + max_new_tokens] bool, False on padding; None where no prompt is padded."""
-    slots: Tensor
-    """[b] int64: where the row's completion is recorded."""
-    alive: Tensor
-    """[b] bool: has not drawn an end token."""
-    uniforms: Uniforms | None
-    loops: LoopWatch | None
-
-    def next_uniforms(self) -> Tensor | None:
-        return self.uniforms.next() if self.uniforms else None
-
-    def advance(self) -> Tensor | None:
-        """Makes place for one more token; returns the attention mask [b, width] with it."""
-        self.position = self.position + 1
-        self.width += 1
-        return None if self.mask is None else self.mask[:, : self.width]
-
-    def keep(self, kept: Tensor) -> None:
-        """Drops all rows but `kept` [b'], from the cache too."""
-        select_rows(self.cache, kept)
-        self.position = self.position[kept]
-        self.mask = None if self.mask is None else self.mask[kept]
-        self.slots = self.slots[kept]
-        self.alive = self.alive[kept]
-        if self.uniforms:
-            self.uniforms.keep(kept)
-        if self.loops:
-            self.loops.keep(kept)
-
-
-@dataclass(kw_only=True, slots=True)
-class _Completions:
-    """What the rows of one chunk have drawn. Beyond a row's length its columns are arbitrary."""
-
-    ids: Tensor
-    """[b, T] int64."""
-    logprobs: Tensor
-    """[b, T] float32, nats."""
-    lengths: Tensor
-    """[b] int64, the end token included."""
-    stopped: Tensor
-    """[b] bool: drew an end token."""
-    looped: Tensor
-    """[b] bool: was ended in a loop."""
-
-    @classmethod
-    def empty(cls, num_rows: int, max_new_tokens: int, device: torch.device) -> _Completions:
-        return cls(
-            ids=torch.zeros(num_rows, max_new_tokens, dtype=torch.int64, device=device),
-            logprobs=torch.zeros(num_rows, max_new_tokens, device=device),
-            lengths=torch.zeros(num_rows, dtype=torch.int64, device=device),
-            stopped=torch.ones(num_rows, dtype=torch.bool, device=device),
-            looped=torch.zeros(num_rows, dtype=torch.bool, device=device),
-        )
-
-    def record(self, batch: _Batch, column: int, token: Tensor, logprob: Tensor) -> None:
-        self.ids[batch.slots, column] = token
-        self.logprobs[batch.slots, column] = logprob
-        self.lengths[batch.slots] += batch.alive
-
-    def trimmed(self) -> _Completions:
-        longest = int(self.lengths.max())
-        return _Completions(
-            ids=self.ids[:, :longest],
-            logprobs=self.logprobs[:, :longest],
-            lengths=self.lengths,
-            stopped=self.stopped,
-            looped=self.looped,
-        )
-
-
-def _teachers(examples: Sequence[Example], prompt_index: Sequence[int]) -> tuple[str | None, ...]:
-    names = tuple(examples[prompt].teacher for prompt in prompt_index)
-    return names if any(names) else ()
 
 
 def _loop_watch(num_rows: int, sampling: Sampling, device: torch.device) -> LoopWatch | None:
@@ -301,52 +229,13 @@ def _loop_watch(num_rows: int, sampling: Sampling, device: torch.device) -> Loop
     return LoopWatch(num_rows, repeats, sampling.max_new_tokens, device) if repeats else None
 
 
-def _assemble(
-    rows: list[_Row], chunks: list[list[int]], pieces: list[_Completions], pad_id: int, policy_version: int
-) -> RolloutBatch:
-    """One batch in the order of `rows` from pieces whose rows are those named in `chunks`."""
-    device = pieces[0].ids.device
-    width = max(piece.ids.shape[1] for piece in pieces)
-    ids = torch.full((len(rows), width), pad_id, device=device)
-    logprobs = torch.zeros(len(rows), width, device=device)
-    lengths = torch.zeros(len(rows), dtype=torch.int64, device=device)
-    stopped = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    looped = torch.zeros_like(stopped)
-    for chunk, piece in zip(chunks, pieces, strict=True):
-        index = torch.tensor(chunk, device=device)
-        ids[index, : piece.ids.shape[1]] = piece.ids
-        logprobs[index, : piece.ids.shape[1]] = piece.logprobs
-        lengths[index] = piece.lengths
-        stopped[index] = piece.stopped
-        looped[index] = piece.looped
-    prompt_ids, prompt_mask = pad_left([row.prompt_ids for row in rows], pad_id, device)
-    mask = torch.arange(width, device=device) < lengths[:, None]
-    finish_reason: list[FinishReason] = [
-        "stop" if stop else "loop" if loop else "length"
-        for stop, loop in zip(stopped.tolist(), looped.tolist(), strict=True)
-    ]
-    return RolloutBatch(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        completion_ids=ids.where(mask, pad_id),
-        completion_mask=mask,
-        sampling_logprobs=_require_finite(logprobs.where(mask, 0.0)),
-        finish_reason=tuple(finish_reason),
-        prompt_index=tuple(row.prompt for row in rows),
-        policy_version=policy_version,
-    )
+def _stop_watch(num_rows: int, sampling: Sampling, tokenizer: PreTrainedTokenizerBase | None) -> StopWatch | None:
+    if not sampling.stop_strings or tokenizer is None:
+        return None
+    return StopWatch(num_rows, sampling.stop_strings, tokenizer)
 
 
-def _require_finite(logprobs: Tensor) -> Tensor:
-    if not bool(logprobs.isfinite().all()):
-        raise ModelError(
-            "The student's logits are not finite (NaN or infinity), so nothing can be drawn from them. Its weights "
-            "have probably diverged: go back to an earlier checkpoint, with a lower learning rate or a wider dtype."
-        )
-    return logprobs
-
-
-def _check_request(examples: Sequence[Example], sampling: Sampling) -> None:
+def _check_request(examples: Sequence[Example], sampling: Sampling, tokenizer: PreTrainedTokenizerBase | None) -> None:
     if not examples:
         raise ValueError("There are no examples to generate from.")
     for example in examples:
@@ -360,6 +249,13 @@ def _check_request(examples: Sequence[Example], sampling: Sampling) -> None:
         raise ValueError(f"stop_loops_after counts repeats and must be at least 2, got {sampling.stop_loops_after}.")
     if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
         raise ValueError(f"temperature and top_k must be 0 or more, and top_p in (0, 1]: {sampling}.")
+    if "" in sampling.stop_strings:
+        raise ValueError("One of the stop strings is empty. Every text holds it; leave it out.")
+    if sampling.stop_strings and tokenizer is None:
+        raise ValueError(
+            f"The stop strings {list(sampling.stop_strings)} are looked for in the text of completions, and this "
+            "engine has no tokenizer to make it with. Construct it with tokenizer=..., or leave stop_strings out."
+        )
 
 
 def _named_arguments(model: nn.Module) -> frozenset[str]:

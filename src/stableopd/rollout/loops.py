@@ -18,26 +18,36 @@ class LoopWatch:
 
     def __init__(self, num_rows: int, min_repeats: int, max_new_tokens: int, device: torch.device) -> None:
         num_periods = min(MAX_PERIOD, max_new_tokens // min_repeats)
-        periods = torch.arange(1, num_periods + 1, device=device)
-        self._needed = torch.maximum((min_repeats - 1) * periods, MIN_LOOP_TOKENS - periods)
+        self._periods = torch.arange(1, num_periods + 1, device=device)
+        self._needed = torch.maximum((min_repeats - 1) * self._periods, MIN_LOOP_TOKENS - self._periods)
         self._matches = torch.zeros(num_rows, num_periods, dtype=torch.int32, device=device)
 
-    def push(self, completions: Tensor, slots: Tensor) -> Tensor:
+    def push(self, completions: Tensor, slots: Tensor, counts: Tensor | None = None) -> Tensor:
         """Whether each row loops now, [b] bool.
 
         Args:
-            completions: [rows, t] int64, tokens so far; the last column is new.
+            completions: [rows, t] int64, tokens so far.
             slots: [b] which of its rows are followed.
+            counts: [b] int64, how many tokens each of these has; its last one is new. None: all have t.
         """
-        last = completions.shape[1] - 1
-        reach = min(self._matches.shape[1], last)
+        longest = completions.shape[1]
+        reach = min(len(self._periods), longest - 1)
         if not reach:
             return torch.zeros(len(slots), dtype=torch.bool, device=completions.device)
-        recent = completions[:, last - reach :][slots]
-        same = recent[:, :-1].flip(1) == recent[:, -1:]  # period 1 first
+        if counts is None:
+            recent = completions[:, longest - 1 - reach :][slots]
+            same = recent[:, :-1].flip(1) == recent[:, -1:]  # period 1 first
+        else:
+            before = counts[:, None] - 1 - self._periods[:reach]
+            newest = completions[slots, counts - 1][:, None]
+            same = (completions[slots[:, None], before.clamp(min=0)] == newest) & (before >= 0)
         self._matches[:, :reach] = (self._matches[:, :reach] + 1) * same
         return (self._matches >= self._needed).any(dim=1)
 
     def keep(self, kept: Tensor) -> None:
         """Drops all rows but `kept`."""
         self._matches = self._matches[kept]
+
+    def join(self, other: LoopWatch) -> None:
+        """Takes the rows of another watch with the same settings behind its own."""
+        self._matches = torch.cat([self._matches, other._matches])
