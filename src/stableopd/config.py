@@ -92,7 +92,7 @@ HINTS: Mapping[str, str] = {
 
 
 _HOLD_SECRETS = {"health", "health.notify", "health.notify.url", "rollout", "rollout.vllm"}
-"""Their values are never shown, not even in a complaint about them; nor are those of teachers, whose URLs may hold some."""
+"""Their values are never shown, not even in a complaint about them; nor are those of teachers."""
 
 
 class DataConfig(Section):

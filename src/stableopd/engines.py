@@ -51,6 +51,7 @@ def make_engine(
             vocab_size=vocab_size(tokenizer),
             max_batch_size=config.rollout.max_batch_size,
             autocast=autocast,
+            tokenizer=tokenizer,
         )
 
     # An engine that goes on during an update has weights of its own.
