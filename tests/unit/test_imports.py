@@ -62,6 +62,9 @@ LAYERS = (
         "report.samples",
     }
     | {"report.settings", "report.text", "report.timeline"},
+    {"doctor.sides", "doctor.budget", "doctor.data", "doctor.judging", "doctor.templates", "doctor.tokens"},
+    {"doctor.checkup"},
+    {"doctor.examination", "doctor.view"},
     {"assembly"},
     {"trainer"},
     {"toy", "toy.task", "toy.tokenizer", "toy.models", "toy.build", "toy.demo"},
