@@ -50,10 +50,10 @@ def prompt_length_findings(
     contexts = [context_length(side.model_config) for side in sides if side.model_config is not None]
     budget = max(config.rollout.max_completion_length, config.eval_max_completion_length)
     room = min((context - budget for context in contexts if context is not None), default=None)
-    limits = [limit for limit in (config.data.max_prompt_length, room) if limit is not None]
-    if not limits or not examples:
+    limits = [limit for limit in (config.data.max_prompt_length, room) if limit is not None and limit > 0]
+    if not limits or not examples:  # where a completion alone fills the context, that is what is told
         return
-    limit = max(1, min(limits))
+    limit = min(limits)
     lengths = [len(example.prompt_ids) for example in examples]
     overlong = sum(length > limit for length in lengths)
     if overlong:
