@@ -153,7 +153,7 @@ class VocabularyDifference:
     """Where two vocabularies differ."""
 
     num_student: int
-    """Text tokens (all but the added ones) of the student."""
+    """Tokens of the student; where the vocabularies differ, without the added ones."""
     num_teacher: int
     differences: tuple[str, ...]
     """What is wrong with text tokens, in words; empty where they are the same."""
@@ -168,7 +168,10 @@ def compare_vocabularies(
     student_name: str = "student",
     teacher_name: str = "teacher",
 ) -> VocabularyDifference:
+    """Which tokens have other ids, or are missing, on either side; names stand in what it says of them."""
     student, teacher = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    if student == teacher:
+        return VocabularyDifference(num_student=len(student), num_teacher=len(teacher), differences=(), renamed=())
     added = set(student_tokenizer.get_added_vocab()) | set(teacher_tokenizer.get_added_vocab())
     renamed = sorted(token for token in added if student.get(token) != teacher.get(token))
     student = {token: index for token, index in student.items() if token not in added}

@@ -7,7 +7,7 @@ from typing import Any
 
 from stableopd.config import StableOPDConfig
 from stableopd.doctor.budget import context_findings, gold_length_findings, prompt_length_findings
-from stableopd.doctor.data import MOST_TEXTS, gold_findings, gold_text, presence_findings, prompt_findings
+from stableopd.doctor.data import gold_findings, gold_text, presence_findings, prompt_findings
 from stableopd.doctor.findings import Finding, in_order
 from stableopd.doctor.judging import judge_findings
 from stableopd.doctor.sides import Side, spread
@@ -16,8 +16,10 @@ from stableopd.doctor.tokens import end_findings, pair_end_findings, size_findin
 from stableopd.errors import ModelError
 from stableopd.protocols import Judge
 from stableopd.types import Example
+from stableopd.vocabulary import vocab_size
 
 _MOST_EXAMPLES = 10_000
+_MOST_LOOKED_AT = 256
 _LOW_TEMPERATURE = 0.2
 
 
@@ -32,6 +34,7 @@ def cheap_findings(
     judge: Judge | None = None,
     judge_budget_s: float = 0.5,
     chat: bool | None = None,
+    num_texts: int = 64,
 ) -> list[Finding]:
     """What is wrong with a run before its first step, the most dangerous first. No weights are touched.
 
@@ -41,19 +44,21 @@ def cheap_findings(
         examples: training prompts; of more than 10,000 an even sample is read. Empty: what concerns data is left out.
         gold_pool: where gold comes from, if not from the prompts' own rows.
         judge: gold is held to it; without one it is not judged.
+        num_texts: golden solutions that are read as text, spread evenly over all.
         chat: whether prompts are rendered by the chat template; without it that is told by the prompts.
     """
     assert student.tokenizer is not None
     sample = spread(examples, _MOST_EXAMPLES)
     template_kwargs = config.data.chat_template_kwargs
     if chat is None:
-        chat = is_chat(student.tokenizer, spread(sample, MOST_TEXTS), template_kwargs)
+        chat = is_chat(student.tokenizer, spread(sample, _MOST_LOOKED_AT), template_kwargs)
     golds = [example for example in (sample if gold_pool is None else gold_pool) if example.gold_ids]
     golds = spread(golds, _MOST_EXAMPLES)
     known = [teacher for teacher in teachers if teacher.tokenizer is not None]
 
-    findings = [*_teacher_findings(config, teachers), *size_findings(student, teachers)]
-    findings += end_findings(student, config.rollout.stop_token_ids)
+    num_ids = vocab_size(student.tokenizer)
+    findings = [*_teacher_findings(config, teachers), *size_findings(student, teachers, num_ids)]
+    findings += end_findings(student, config.rollout.stop_token_ids, num_ids)
     findings += template_findings(student, template_kwargs, chat=chat)
     used = _used_ids(student, sample, config.rollout.stop_token_ids)
     for teacher in known:
@@ -69,8 +74,8 @@ def cheap_findings(
         findings += prompt_findings(config, examples, held_out)
         findings += presence_findings(config, examples, has_pool=gold_pool is not None)
         findings += gold_length_findings(config, student, golds)
-        findings += gold_findings(config, student.tokenizer, golds)
-        findings += _judged(config, student.tokenizer, golds, judge, judge_budget_s)
+        findings += gold_findings(config, student.tokenizer, golds, num_texts)
+        findings += _judged(config, student.tokenizer, spread(_with_answer(golds), num_texts), judge, judge_budget_s)
     return in_order(findings)
 
 
@@ -153,12 +158,15 @@ def _teacher_findings(config: StableOPDConfig, teachers: Sequence[Side]) -> Iter
 def _used_ids(student: Side, examples: Sequence[Example], stop_ids: Sequence[int]) -> frozenset[int]:
     """Ids that prompts hold or that end the student's answers."""
     ends = student.end_ids | frozenset(stop_ids)
-    return ends.union(*(example.prompt_ids for example in spread(examples, MOST_TEXTS)))
+    return ends.union(*(example.prompt_ids for example in spread(examples, _MOST_LOOKED_AT)))
+
+
+def _with_answer(golds: Sequence[Example]) -> list[Example]:
+    return [example for example in golds if example.answer]
 
 
 def _judged(
     config: StableOPDConfig, tokenizer: Any, golds: Sequence[Example], judge: Judge | None, budget_s: float
 ) -> Iterator[Finding]:
-    chosen = spread([example for example in golds if example.answer], MOST_TEXTS)
-    if judge is not None and chosen:
-        yield from judge_findings(judge, config.evaluation.judge, chosen, gold_text(tokenizer, chosen), budget_s)
+    if judge is not None and golds:
+        yield from judge_findings(judge, config.evaluation.judge, golds, gold_text(tokenizer, golds), budget_s)

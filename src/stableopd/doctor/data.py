@@ -15,8 +15,6 @@ from stableopd.health.loops import loop_mask
 from stableopd.health.signals import is_repetitive
 from stableopd.types import Example
 
-MOST_TEXTS = 256
-"""Golden solutions that are read as text; more would take longer than they tell."""
 _PILE_SHARE, _PILE_LEAST, _PILE_LENGTH = 0.02, 5, 64
 _LOOP_SHARE = 0.5
 
@@ -96,14 +94,16 @@ def presence_findings(config: StableOPDConfig, examples: Sequence[Example], *, h
         )
 
 
-def gold_findings(config: StableOPDConfig, tokenizer: Any, golds: Sequence[Example]) -> Iterator[Finding]:
+def gold_findings(
+    config: StableOPDConfig, tokenizer: Any, golds: Sequence[Example], num_texts: int = 256
+) -> Iterator[Finding]:
     """Gold that was cut off or repeats itself.
 
-    Args: `golds` have gold.
+    Args: `golds` have gold; `num_texts` of them are read as text.
     """
     if not golds:
         return
-    chosen = spread(golds, MOST_TEXTS)
+    chosen = spread(golds, num_texts)
     texts = gold_text(tokenizer, chosen)
     yield from _truncated(golds, chosen, texts)
     yield from _repetitive(config, chosen, texts)

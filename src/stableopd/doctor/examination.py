@@ -20,6 +20,7 @@ from stableopd.models import load_model, load_model_config, load_tokenizer
 from stableopd.types import Example
 
 JUDGE_BUDGET_S = 20.0
+NUM_TEXTS = 256
 NO_DATA = Finding(
     check="data",
     danger="fatal",
@@ -118,6 +119,7 @@ def examine(
         judge=judge,
         judge_budget_s=JUDGE_BUDGET_S,
         chat=material.chat,
+        num_texts=NUM_TEXTS,
     )
     if assumed:
         findings = [finding for finding in findings if finding.check != "num_prompts"]

@@ -6,10 +6,12 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer
+
 from stableopd.doctor.findings import Finding
 from stableopd.doctor.sides import Side, short, spread
 from stableopd.errors import ModelError
-from stableopd.vocabulary import VOCABULARY_REMEDY, compare_vocabularies, end_token_ids, vocab_size
+from stableopd.vocabulary import VOCABULARY_REMEDY, compare_vocabularies, end_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,12 +85,12 @@ def _added_tokens(student: Side, teacher: Side, renamed: Sequence[str], used_ids
 def _cutting(student: Side, teacher: Side, texts: Sequence[str]) -> Iterator[Finding]:
     assert student.tokenizer is not None
     assert teacher.tokenizer is not None
-    parts, other = _parts(student.tokenizer), _parts(teacher.tokenizer)
-    if parts is not None and parts == other:
+    changed = _changed_parts(student.tokenizer, teacher.tokenizer)
+    if changed == []:
         return
     probes = [*PROBES, *(text[:_LONGEST_TEXT] for text in spread(texts, _NUM_DATA_TEXTS))]
     differing = [text for text in probes if _ids(student.tokenizer, text) != _ids(teacher.tokenizer, text)]
-    changed = [] if parts is None or other is None else [name for name in parts if parts[name] != other[name]]
+    changed = changed or []
     by_model = "model" in changed or not changed
     if not differing and not changed:
         return
@@ -121,17 +123,28 @@ def _cutting(student: Side, teacher: Side, texts: Sequence[str]) -> Iterator[Fin
     )
 
 
-def _parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    """What decides how a fast tokenizer cuts text, by part: normalizer, pre_tokenizer and the model's merges."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not hasattr(backend, "to_str"):  # a tokenizer that is not of the tokenizers library
+def _changed_parts(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[str] | None:
+    """Which parts of tokenizer.json that decide how text is cut differ; None where that cannot be looked at."""
+    mine, theirs = getattr(student, "backend_tokenizer", None), getattr(teacher, "backend_tokenizer", None)
+    if not isinstance(mine, Tokenizer) or not isinstance(theirs, Tokenizer):
         return None
-    whole = json.loads(backend.to_str())
-    model = {key: value for key, value in (whole.get("model") or {}).items() if key != "vocab"}
-    merges = model.get("merges")
-    if merges:  # written as "a b" by old versions and as ["a", "b"] by new ones
-        model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    return {"normalizer": whole.get("normalizer"), "pre_tokenizer": whole.get("pre_tokenizer"), "model": model}
+    changed = [
+        name for name in ("normalizer", "pre_tokenizer") if _state(getattr(mine, name)) != _state(getattr(theirs, name))
+    ]
+    # Comparing bytes is cheap; reading 150,000 merges is not, and most pairs share them to the letter.
+    if _state(mine.model) != _state(theirs.model) and _cutting_rules(mine) != _cutting_rules(theirs):
+        changed.append("model")
+    return changed
+
+
+def _state(part: Any) -> bytes | None:
+    return None if part is None else part.__getstate__()
+
+
+def _cutting_rules(backend: Tokenizer) -> dict[str, Any]:
+    """The model of a tokenizer without its vocabulary: type, merges, options."""
+    model = json.loads(backend.model.__getstate__())
+    return {key: value for key, value in model.items() if key != "vocab"}
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int] | None:
@@ -162,10 +175,8 @@ def _first_difference(student: Side, teacher: Side, text: str) -> str:
 # ------------------------------------------------------------------------------------ sizes
 
 
-def size_findings(student: Side, teachers: Sequence[Side]) -> Iterator[Finding]:
+def size_findings(student: Side, teachers: Sequence[Side], num_ids: int) -> Iterator[Finding]:
     """Embeddings that are too few for the ids that will be drawn, or padded to another number."""
-    assert student.tokenizer is not None
-    num_ids = vocab_size(student.tokenizer)
     for side in (student, *teachers):
         rows = side.num_embeddings
         if rows is None:
@@ -194,10 +205,9 @@ def size_findings(student: Side, teachers: Sequence[Side]) -> Iterator[Finding]:
 # ------------------------------------------------------------------------------------ ends
 
 
-def end_findings(student: Side, stop_ids: Sequence[int]) -> Iterator[Finding]:
+def end_findings(student: Side, stop_ids: Sequence[int], num_ids: int) -> Iterator[Finding]:
     """Ends of the student's answers: none at all, ids that do not exist, and padding that is the end token."""
     assert student.tokenizer is not None
-    num_ids = vocab_size(student.tokenizer)
     try:
         ends = end_token_ids(student.tokenizer, student.generation_config)
     except ModelError as error:
