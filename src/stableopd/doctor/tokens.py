@@ -41,6 +41,9 @@ def token_findings(student: Side, teacher: Side, texts: Sequence[str], used_ids:
     """
     assert student.tokenizer is not None
     assert teacher.tokenizer is not None
+    changed = _changed_parts(student.tokenizer, teacher.tokenizer)
+    if changed == [] and _added(student.tokenizer) == _added(teacher.tokenizer):
+        return  # byte for byte the same
     found = compare_vocabularies(student.tokenizer, teacher.tokenizer, teacher_name=teacher.name)
     if found.differences:
         yield Finding(
@@ -53,7 +56,7 @@ def token_findings(student: Side, teacher: Side, texts: Sequence[str], used_ids:
     if found.renamed:
         yield _added_tokens(student, teacher, found.renamed, used_ids)
     if not found.differences:
-        yield from _cutting(student, teacher, texts)
+        yield from _cutting(student, teacher, texts, changed)
 
 
 def _added_tokens(student: Side, teacher: Side, renamed: Sequence[str], used_ids: frozenset[int]) -> Finding:
@@ -82,15 +85,15 @@ def _added_tokens(student: Side, teacher: Side, renamed: Sequence[str], used_ids
 # ------------------------------------------------------------------------------------ how text is cut
 
 
-def _cutting(student: Side, teacher: Side, texts: Sequence[str]) -> Iterator[Finding]:
+def _cutting(student: Side, teacher: Side, texts: Sequence[str], changed: list[str] | None) -> Iterator[Finding]:
     assert student.tokenizer is not None
     assert teacher.tokenizer is not None
-    changed = _changed_parts(student.tokenizer, teacher.tokenizer)
     if changed == []:
         return
     probes = [*PROBES, *(text[:_LONGEST_TEXT] for text in spread(texts, _NUM_DATA_TEXTS))]
     differing = [text for text in probes if _ids(student.tokenizer, text) != _ids(teacher.tokenizer, text)]
     changed = changed or []
+    changed = [part for part in changed if part != "vocabulary"]  # ids were compared one by one
     by_model = "model" in changed or not changed
     if not differing and not changed:
         return
@@ -132,9 +135,13 @@ def _changed_parts(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenize
         name for name in ("normalizer", "pre_tokenizer") if _state(getattr(mine, name)) != _state(getattr(theirs, name))
     ]
     # Comparing bytes is cheap; reading 150,000 merges is not, and most pairs share them to the letter.
-    if _state(mine.model) != _state(theirs.model) and _cutting_rules(mine) != _cutting_rules(theirs):
-        changed.append("model")
+    if _state(mine.model) != _state(theirs.model):
+        changed += ["model"] if _cutting_rules(mine) != _cutting_rules(theirs) else ["vocabulary"]
     return changed
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    return {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
 
 
 def _state(part: Any) -> bytes | None:
