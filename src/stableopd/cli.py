@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shlex
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from stableopd.errors import StableOPDError
+from stableopd.errors import ConfigError, StableOPDError
 
 app = typer.Typer(
     name="stableopd",
@@ -181,6 +183,70 @@ def diagnose(
         console = Console()
         for diagnosis in found:
             print_diagnosis(console, diagnosis)
+    raise typer.Exit(exit_code(found))
+
+
+@app.command(
+    epilog="Examples: [bold]stableopd doctor run.yaml[/], [bold]stableopd doctor run.yaml --quick "
+    "rollout.max_completion_length=2048[/], [bold]stableopd doctor --student Qwen/Qwen2.5-1.5B --teacher "
+    "Qwen/Qwen2.5-7B-Instruct --data data/opd.jsonl[/]"
+)
+def doctor(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG.yaml]", help="The configuration that is about to be trained.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings laid over it, as with train."),
+    ] = None,
+    student: Annotated[str | None, typer.Option(help="Student: a folder or a hub id.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Teacher: a folder or a hub id.")] = None,
+    data: Annotated[str | None, typer.Option(help="Prompts, with gold and answers where there are.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Load no weights: tokenizers, configurations and data alone.")
+    ] = False,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts that the student answers.")] = 16,
+    hardware: Annotated[
+        str, typer.Option(help="What the estimate is for, such as h100x4; auto: this machine.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of the student's answers.")] = 0,
+) -> None:
+    """Say what is wrong with a student, a teacher and their data before a step is paid for, and what to do.
+
+    A CONFIG.yaml, or --student and --teacher (plain OPD is then assumed).
+
+    Exit status: 0 notes at most, 1 something is a problem or fatal, 2 bad input.
+    """
+    from stableopd.config_files import config_of, load_config
+    from stableopd.console import quiet_libraries, spinner
+
+    given = list(overrides or [])
+    path = config
+    if config is not None and "=" in config and not Path(config).exists():
+        path, given = None, [config, *given]
+    for key, value in (
+        ("student.model_name_or_path", student),
+        ("teacher.model_name_or_path", teacher),
+        ("data.path", data),
+    ):
+        if value is not None:
+            given.append(f"{key}={json.dumps(value)}")
+    if path is None and student is None:
+        raise ConfigError("there is nothing to look at: give a CONFIG.yaml, or --student and --teacher")
+    settings = load_config(path, given) if path is not None else config_of(["method=opd", *given])
+
+    from stableopd.doctor.examination import examine
+    from stableopd.doctor.view import exit_code, print_examination, to_json
+
+    quiet_libraries()
+    progress = Console(stderr=True)
+    with spinner(progress, "looking") if progress.is_terminal else nullcontext():
+        found = examine(settings, quick=quick, num_prompts=prompts, hardware=hardware, seed=seed, assumed=path is None)
+    if as_json:
+        typer.echo(to_json(found))
+    else:
+        print_examination(Console(), found)
     raise typer.Exit(exit_code(found))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from stableopd.errors import ConfigError
 from stableopd.health_config import ControllerConfig, HealthConfig, NotifyConfig
@@ -206,6 +206,14 @@ class StableOPDConfig(Section):
     num_processes: PositiveInt | None = None
     """Refuse to start on another number of processes than this."""
     output_dir: str = "runs/{method}"
+    doctor: Literal["refuse", "warn", "off"] = "refuse"
+    """What becomes of a fatal finding of the cheap half of `stableopd doctor`, which looks at every run before its
+    first step."""
+
+    @field_validator("doctor", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, given: Any) -> Any:
+        return "off" if given is False else given  # YAML reads off as false
 
     def __init__(self, **values: Any) -> None:
         try:

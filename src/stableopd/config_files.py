@@ -11,7 +11,7 @@ import yaml
 from stableopd.config import FLAT_NAMES, ControllerConfig, StableOPDConfig, set_path
 from stableopd.errors import ConfigError
 
-_MAY_CHANGE_ON_RESUME = {"max_steps", "checkpoint", "logging", "output_dir", "num_processes"}
+_MAY_CHANGE_ON_RESUME = {"max_steps", "checkpoint", "logging", "output_dir", "num_processes", "doctor"}
 _MAY_CHANGE_ON_RESUME |= {"optimizer.micro_batch_tokens"}  # changes rounding only
 _MAY_CHANGE_ON_RESUME |= {"student.lora.merge"}  # changes what is written at the end only
 _MAY_CHANGE_ON_RESUME |= {"health.actions", *(f"health.controller.{name}" for name in ControllerConfig.model_fields)}
@@ -25,6 +25,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StableOPDCon
     impossible value; the message has the line of the file where there is one.
     """
     raw, lines = _read_yaml(Path(path))
+    return _laid_over(raw, lines, overrides, path)
+
+
+def config_of(overrides: Sequence[str]) -> StableOPDConfig:
+    """The configuration of `dotted.key=value` settings alone. Raises: ConfigError as `load_config`."""
+    return _laid_over({}, {}, overrides, "command line")
+
+
+def _laid_over(
+    raw: dict[str, Any], lines: Mapping[str, int], overrides: Sequence[str], path: str | Path
+) -> StableOPDConfig:
     given: dict[str, str] = {}
     for override in overrides:
         dotted = _apply_override(raw, override)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -122,33 +123,71 @@ def check_same_vocabulary(
     Raises:
         ModelError: text tokens differ; names the first differing tokens by id, and counts all of them.
     """
+    found = compare_vocabularies(
+        student_tokenizer, teacher_tokenizer, student_name=student_name, teacher_name=teacher_name
+    )
+    if found.differences:
+        raise ModelError(
+            f"the vocabularies of the {student_name} ({found.num_student} tokens) and the {teacher_name} "
+            f"({found.num_teacher} tokens) differ: {'; '.join(found.differences)}. The {teacher_name} scores the ids "
+            f"that the {student_name} samples, and they would mean another text to it. {VOCABULARY_REMEDY}"
+        )
+    if found.renamed:
+        shown = ", ".join(map(repr, found.renamed[:_NUM_SHOWN]))
+        warnings.warn(
+            f"{len(found.renamed)} added tokens differ between the {student_name} and the {teacher_name} ({shown}, "
+            f"...): the {teacher_name} reads the {student_name}'s turn markers as other tokens. Prompts of plain text "
+            "avoid it",
+            VocabularyWarning,
+            stacklevel=2,
+        )
+
+
+VOCABULARY_REMEDY = (
+    "Take a student and a teacher of one family, or give both the same tokenizer if they were trained with it"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VocabularyDifference:
+    """Where two vocabularies differ."""
+
+    num_student: int
+    """Tokens of the student; where the vocabularies differ, without the added ones."""
+    num_teacher: int
+    differences: tuple[str, ...]
+    """What is wrong with text tokens, in words; empty where they are the same."""
+    renamed: tuple[str, ...]
+    """Added tokens that the other side lacks, or gives another id."""
+
+
+def compare_vocabularies(
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    *,
+    student_name: str = "student",
+    teacher_name: str = "teacher",
+) -> VocabularyDifference:
+    """Which tokens have other ids, or are missing, on either side; names stand in what it says of them."""
     student, teacher = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    if student == teacher:
+        return VocabularyDifference(num_student=len(student), num_teacher=len(teacher), differences=(), renamed=())
     added = set(student_tokenizer.get_added_vocab()) | set(teacher_tokenizer.get_added_vocab())
     renamed = sorted(token for token in added if student.get(token) != teacher.get(token))
     student = {token: index for token, index in student.items() if token not in added}
     teacher = {token: index for token, index in teacher.items() if token not in added}
     moved = [token for token in _by_id(student) if token in teacher and teacher[token] != student[token]]
-    differences = [
+    differences = (
         _difference("have another id", [f"{token!r} ({student[token]} / {teacher[token]})" for token in moved]),
         _difference(f"are unknown to the {teacher_name}", _missing(student, teacher)),
         _difference(f"are unknown to the {student_name}", _missing(teacher, student)),
-    ]
-    found = [difference for difference in differences if difference]
-    if found:
-        raise ModelError(
-            f"the vocabularies of the {student_name} ({len(student)} tokens) and the {teacher_name} "
-            f"({len(teacher)} tokens) differ: {'; '.join(found)}. The {teacher_name} scores the ids that the "
-            f"{student_name} samples, and they would mean another text to it. Take a student and a teacher of one "
-            "family, or give both the same tokenizer if they were trained with it"
-        )
-    if renamed:
-        shown = ", ".join(map(repr, renamed[:_NUM_SHOWN]))
-        warnings.warn(
-            f"{len(renamed)} added tokens differ between the {student_name} and the {teacher_name} ({shown}, ...): the "
-            f"{teacher_name} reads the {student_name}'s turn markers as other tokens. Prompts of plain text avoid it",
-            VocabularyWarning,
-            stacklevel=2,
-        )
+    )
+    return VocabularyDifference(
+        num_student=len(student),
+        num_teacher=len(teacher),
+        differences=tuple(difference for difference in differences if difference),
+        renamed=tuple(renamed),
+    )
 
 
 def _difference(what: str, tokens: list[str]) -> str:

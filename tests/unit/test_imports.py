@@ -85,6 +85,9 @@ LAYERS = (
     }
     | {"report.settings", "report.text", "report.timeline"},
     {"teaching", "engines"},
+    {"doctor.sides", "doctor.budget", "doctor.data", "doctor.judging", "doctor.templates", "doctor.tokens"},
+    {"doctor.checkup"},
+    {"doctor.examination", "doctor.view"},
     {"assembly"},
     {"trainer"},
     {"toy", "toy.task", "toy.tokenizer", "toy.models", "toy.build", "toy.demo"},
