@@ -1,6 +1,7 @@
 # make demo    install into .venv and watch OPD collapse and StableOPD hold
 # make test    install into .venv and pass the tests
 # make test-trl    install TRL too and test what works with it
+# make test-vllm   install vLLM for CPUs into .venv-vllm (3 GB) and test the engine and the remote teacher with it
 # make lint    style and types
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,8 @@ OUT ?= demo
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-trl lint install clean
+VLLM_VENV ?= .venv-vllm
+.PHONY: demo test test-trl test-vllm lint install clean
 
 demo: $(INSTALLED)
 	$(BIN)/stableopd demo --out $(OUT)
@@ -21,6 +23,13 @@ test: $(INSTALLED)
 test-trl: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -e ".[dev,trl]"
 	$(BIN)/python -m pytest tests/integrations tests/unit/test_losses_peers.py
+
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest tests/with_vllm
+
+$(VLLM_VENV)/.installed: pyproject.toml tests/with_vllm/install.sh
+	PYTHON=$(PYTHON) tests/with_vllm/install.sh $(VLLM_VENV) "$(TORCH)"
+	@touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check src tests benchmarks
