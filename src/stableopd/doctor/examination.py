@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
@@ -186,9 +187,10 @@ def read_side(config: ModelConfig, role: str) -> Side:
     try:
         model_config = load_model_config(config, role)
     except ModelError:
-        if not (isinstance(config, TeacherConfig) and config.is_remote):
+        adapters = (Path(str(config.model_name_or_path)) / "adapter_config.json").is_file()
+        if not adapters and not (isinstance(config, TeacherConfig) and config.is_remote):
             raise
-        model_config = None  # a folder with the tokenizer alone is enough beside a server
+        model_config = None  # adapters have none of their own; beside a server a folder with the tokenizer is enough
     return Side(
         name=role,
         tokenizer=tokenizer,
