@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
@@ -185,9 +187,10 @@ def read_side(config: ModelConfig, role: str) -> Side:
     try:
         model_config = load_model_config(config, role)
     except ModelError:
-        if not (isinstance(config, TeacherConfig) and config.is_remote):
+        adapters = (Path(str(config.model_name_or_path)) / "adapter_config.json").is_file()
+        if not adapters and not (isinstance(config, TeacherConfig) and config.is_remote):
             raise
-        model_config = None  # a folder with the tokenizer alone is enough beside a server
+        model_config = None  # adapters have none of their own; beside a server a folder with the tokenizer is enough
     return Side(
         name=role,
         tokenizer=tokenizer,
@@ -256,26 +259,27 @@ def _unusable(setting: str, error: StableOPDError) -> Finding:
 # ------------------------------------------------------------------------------------ running models
 
 
-def _has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+def _part(name: str) -> Any:
+    """A module of the doctor that need not be there; None where it is not."""
+    full = f"stableopd.doctor.{name}"
+    return importlib.import_module(full) if importlib.util.find_spec(full) else None
 
 
 def _estimated(config: StableOPDConfig, material: Material, hardware: str) -> tuple[Any, list[Finding]]:
     """Memory and time of a step, where both models' configurations are known."""
-    if not _has("stableopd.doctor.estimate"):
+    part = _part("estimate")
+    if part is None:
         return None, []
-    from stableopd.doctor.estimate import estimate, estimate_findings  # type: ignore[import-not-found,unused-ignore]
-
     teacher = material.teachers[0].model_config if material.teachers else None
-    made = estimate(config, material.student.model_config, teacher, hardware)
-    return made, list(estimate_findings(made))
+    made = part.estimate(config, material.student.model_config, teacher, hardware)
+    return made, list(part.estimate_findings(made))
 
 
 def _why_not_run(config: StableOPDConfig, material: Material, findings: Sequence[Finding], quick: bool) -> str | None:
     """Why the models are not run; None if they can be."""
     if quick:
         return "the models were not run (--quick)"
-    if not _has("stableopd.doctor.behaviour"):
+    if _part("behaviour") is None:
         return "the models were not run: this version cannot"
     fatal = [finding.check for finding in findings if finding.danger == "fatal"]
     if fatal:
@@ -295,8 +299,6 @@ def _behaviour(
     """Findings and figures of rollouts of the student, scored by the first teacher."""
     import torch
 
-    from stableopd.doctor.behaviour import behaviour_findings  # type: ignore[import-not-found,unused-ignore]
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say("loading the student")
     student = load_model(config.student, "student").to(device).eval()
@@ -305,7 +307,7 @@ def _behaviour(
     teacher = load_model(teacher_config, name).to(device).eval()
     examples = [example for example in material.examples if example.teacher in (None, name)]
     say("running the student and the teacher")
-    findings, figures = behaviour_findings(
+    findings, figures = _part("behaviour").behaviour_findings(
         student=student,
         teacher=teacher,
         tokenizer=material.student.tokenizer,
