@@ -15,6 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from stableopd.config import StableOPDConfig
 from stableopd.distributed import share_weights
+from stableopd.doctor.checkup import cheap_findings, refuse_fatal, student_side
+from stableopd.doctor.examination import read_side
+from stableopd.doctor.findings import Finding
+from stableopd.doctor.sides import Side
 from stableopd.engines import make_engine
 from stableopd.errors import ModelError
 from stableopd.heads import Head, HeadlessModel
@@ -37,7 +41,7 @@ from stableopd.protocols import Judge, RewardFunction, RolloutEngine, Teacher
 from stableopd.rows import TrainingRows, gold_rows
 from stableopd.scoring import Autocast
 from stableopd.step import Updater
-from stableopd.teaching import local_models, put_to_work, servers_of, teachers_context
+from stableopd.teaching import local_models, put_to_work, role_of, servers_of, teachers_context
 from stableopd.vocabulary import end_token_ids, pad_token_id, vocab_size
 
 Model = str | nn.Module | None
@@ -62,6 +66,8 @@ class RunParts:
     """Special tokens that end no answer."""
     probe_rows: TrainingRows | None
     """This process's share of the golden solutions that the stop probe asks for; None where there is no gold."""
+    findings: tuple[Finding, ...]
+    """What the cheap half of the doctor found, none of it fatal (or told to go on)."""
     digests: dict[str, str]
     """Of the initial student and of the data, so that a resumed run can tell that it is the same."""
 
@@ -98,6 +104,7 @@ def assemble(
     own, others = context_length(student.config), teachers_context(config, teacher_model, servers)
     shared = min((context for context in (own, others) if context is not None), default=None)
     data = prepare_data(config, tokenizer, shared, own, train_dataset, eval_dataset)
+    findings = check_up(config, student, tokenizer, teacher_model, data)
     models = local_models(config, teacher_model, tokenizer)
 
     autocast = _autocast(accelerator, config.optimizer.bf16)
@@ -126,6 +133,7 @@ def assemble(
         reward=reward if config.objective.needs_rewards else None,
         special_ids=frozenset(tokenizer.all_special_ids) - end_ids,
         probe_rows=_probe_rows(data, config, tokenizer, accelerator, own),
+        findings=findings,
         digests=digests,
     )
 
@@ -138,6 +146,37 @@ def with_names(config: StableOPDConfig, model: Model, teacher: Model) -> StableO
     if isinstance(teacher, str):
         update["teacher"] = config.teacher.model_copy(update={"model_name_or_path": teacher})
     return config.model_copy(update=update)
+
+
+def check_up(
+    config: StableOPDConfig, student: nn.Module, tokenizer: PreTrainedTokenizerBase, teacher: Model, data: RunData
+) -> tuple[Finding, ...]:
+    """What the doctor sees without a forward pass.
+
+    Raises: ModelError for fatal findings, unless `doctor` says to go on.
+    """
+    if config.doctor == "off":
+        return ()
+    pool = data.gold_pool.examples if data.gold_pool else None
+    sides = _teacher_sides(config, tokenizer, teacher)
+    findings = cheap_findings(
+        config, student_side(student, tokenizer), sides, data.stream.examples, data.held_out, pool
+    )
+    refuse_fatal(findings, ignore=config.doctor == "warn")
+    return tuple(findings)
+
+
+def _teacher_sides(config: StableOPDConfig, tokenizer: PreTrainedTokenizerBase, teacher: Model) -> list[Side]:
+    if not config.objective.needs_teacher:
+        return []
+    if isinstance(teacher, nn.Module):  # comes without a tokenizer: it is taken at its word
+        generation = getattr(teacher, "generation_config", None)
+        return [Side(name="teacher", tokenizer=tokenizer, model_config=teacher.config, generation_config=generation)]
+    return [
+        read_side(settings, role_of(config, name))
+        for name, settings in config.named_teachers.items()
+        if settings.is_set
+    ]
 
 
 def _trainable(student: nn.Module, config: StableOPDConfig, peft_config: Any) -> nn.Module:

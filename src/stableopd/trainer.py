@@ -99,6 +99,7 @@ class StableOPDTrainer:
         self.reward = parts.reward
         self.special_ids = parts.special_ids
         self.probe_rows = parts.probe_rows
+        self.findings = parts.findings
         self.monitor = HealthMonitor(self.config.health.monitor_settings())
         self.controller = HealthController(self.config.health.controller_settings(), self._levers())
         self.state = TrainState(begun_with=parts.digests)
@@ -120,6 +121,7 @@ class StableOPDTrainer:
         try:
             self._open_run_folder(resume_from_checkpoint)
             self._each_callback("on_train_begin")
+            self._tell_of_findings()
             if self.state.step == 0 and self.config.evaluation.at_start and self.data.held_out:
                 self._each_callback("on_phase", 0, "evaluation")
                 metrics = self.evaluate()
@@ -247,6 +249,11 @@ class StableOPDTrainer:
             stop_loops_after=rollout.stop_loops_after,
             seed=_seed(self.config.seed, _TRAIN_STREAM),
         )
+
+    def _tell_of_findings(self) -> None:
+        for finding in self.findings:
+            if finding.danger != "note":
+                self._each_callback("on_note", f"{finding.check}: {finding.summary}. {finding.remedy}")
 
     def _source(self) -> RolloutSource:
         return RolloutSource(

@@ -87,7 +87,7 @@ LAYERS = (
     {"teaching", "engines"},
     {"doctor.sides", "doctor.budget", "doctor.data", "doctor.judging", "doctor.templates", "doctor.tokens"},
     {"doctor.checkup"},
-    {"doctor.examination", "doctor.view"},
+    {"doctor.behaviour", "doctor.estimate", "doctor.hardware", "doctor.examination", "doctor.view"},
     {"assembly"},
     {"trainer"},
     {"toy", "toy.task", "toy.tokenizer", "toy.models", "toy.build", "toy.demo"},
