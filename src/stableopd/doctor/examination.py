@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import GenerationConfig
 
 from stableopd.config import ModelConfig, StableOPDConfig, TeacherConfig
@@ -19,7 +21,10 @@ from stableopd.doctor.sides import Side, spread
 from stableopd.errors import DataError, ModelError, StableOPDError
 from stableopd.judges import get_judge
 from stableopd.models import load_model, load_model_config, load_tokenizer
+from stableopd.protocols import Teacher
+from stableopd.teaching import is_placed, role_of
 from stableopd.types import Example
+from stableopd.vocabulary import vocab_size
 
 JUDGE_BUDGET_S = 20.0
 NUM_TEXTS = 256
@@ -286,10 +291,6 @@ def _why_not_run(config: StableOPDConfig, material: Material, findings: Sequence
         return f"the models were not run: first mend {', '.join(dict.fromkeys(fatal))}"
     if not material.examples:
         return "the models were not run: no prompts were given"
-    if not config.objective.needs_teacher:
-        return "the models were not run: there is no teacher to compare with"
-    if any(teacher.is_remote for teacher in config.named_teachers.values()):
-        return "the models were not run: a teacher lives at a server"
     return None
 
 
@@ -302,9 +303,7 @@ def _behaviour(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say("loading the student")
     student = load_model(config.student, "student").to(device).eval()
-    say("loading the teacher")
-    name, teacher_config = next(iter(config.named_teachers.items()))
-    teacher = load_model(teacher_config, name).to(device).eval()
+    name, teacher = _teacher(config, material, device, say) if config.objective.needs_teacher else (None, None)
     examples = [example for example in material.examples if example.teacher in (None, name)]
     say("running the student and the teacher")
     findings, figures = _part("behaviour").behaviour_findings(
@@ -319,6 +318,24 @@ def _behaviour(
         progress=say,
     )
     return list(findings), figures
+
+
+def _teacher(
+    config: StableOPDConfig, material: Material, device: torch.device, say: Say
+) -> tuple[str, nn.Module | Teacher]:
+    """The first teacher of the run, loaded or asked at its server."""
+    name, settings = next(iter(config.named_teachers.items()))
+    if settings.is_remote:
+        from stableopd.teachers.server import ServerTeacher
+
+        say("asking the teacher's server")
+        assert material.student.tokenizer is not None
+        server = ServerTeacher(settings, vocab_size=vocab_size(material.student.tokenizer))
+        server.check(temperature=config.rollout.temperature)
+        return name, server
+    say("loading the teacher")
+    model = load_model(settings, role_of(config, name))
+    return name, (model if is_placed(settings) else model.to(device)).eval()
 
 
 def _looked_at(material: Material) -> tuple[str, ...]:
