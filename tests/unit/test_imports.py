@@ -62,6 +62,7 @@ LAYERS = (
         "report.samples",
     }
     | {"report.settings", "report.text", "report.timeline"},
+    {"doctor.hardware", "doctor.shapes", "doctor.plan", "doctor.memory", "doctor.timing", "doctor.estimate"},
     {"assembly"},
     {"trainer"},
     {"toy", "toy.task", "toy.tokenizer", "toy.models", "toy.build", "toy.demo"},
