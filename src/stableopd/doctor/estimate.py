@@ -116,7 +116,7 @@ def _step(seconds: Seconds | None) -> str:
 def _assumptions(plan: Plan, seconds: Seconds | None) -> tuple[str, ...]:
     config = plan.config
     lines = [
-        f"processes: {plan.hardware.num_devices}, one per device; each holds everything and has its share of the prompts",
+        f"processes: {plan.hardware.num_devices}, one per device; each holds everything and its share of the prompts",
         f"prompts of {plan.prompt_tokens:,} tokens; memory for rollouts that all run to "
         f"{config.rollout.max_completion_length:,} tokens",
     ]
@@ -132,8 +132,8 @@ def _assumptions(plan: Plan, seconds: Seconds | None) -> tuple[str, ...]:
     if seconds is not None:
         lines.append(
             f"time: rollouts of {plan.mean_completion:,.0f} tokens in the mean, evenly spread; gold as long; "
-            f"{UTILISATION:.0%} of the device's FLOP/s and bandwidth; {LAYER_S * 1e3:g} ms to start a layer from Python;"
-            " no communication, evaluation or checkpoint"
+            f"{UTILISATION:.0%} of the device's FLOP/s and bandwidth; {LAYER_S * 1e3:g} ms to start a layer in Python; "
+            "no communication, evaluation or checkpoint"
         )
     return tuple(lines)
 
@@ -161,18 +161,19 @@ def _remedies(plan: Plan, memory: Memory) -> tuple[str, ...]:
     """Settings that this run has left, the easiest first."""
     config, longest = plan.config, plan.longest
     optimizer, teacher = config.optimizer, plan.teacher_config
-    in_rollout = memory.phase == "rollout"
+    over = [name for name, size in memory.by_phase.items() if size > TIGHT * memory.available] or [memory.phase]
+    in_rollout, in_update = "rollout" in over, "update" in over
     known: Mapping[str, bool] = {
         f"lower optimizer.micro_batch_tokens (now {optimizer.micro_batch_tokens:,}; one rollout has up to "
-        f"{longest:,})": not in_rollout and optimizer.micro_batch_tokens > longest,
-        "set optimizer.gradient_checkpointing=true": not in_rollout and not optimizer.gradient_checkpointing,
+        f"{longest:,})": in_update and optimizer.micro_batch_tokens > longest,
+        "set optimizer.gradient_checkpointing=true": in_update and not optimizer.gradient_checkpointing,
         f"lower rollout.max_batch_size (now {plan.decoded_rows} sequences at a time)": memory.cache > 0
         and (in_rollout or config.rollout.pipeline)
         and plan.decoded_rows > 1,
         "lower rollout.vllm.gpu_memory_utilization": plan.uses_vllm and memory.engine > 0,
         "set teacher.offload=true": memory.teacher > 0
         and not (teacher.offload or teacher.device_map or teacher.quantization)
-        and memory.phase != "teacher",
+        and over != ["teacher"],
         "train adapters (student.lora.r=16)": config.student.lora is None,
         "move the teacher to a server (teacher.server_url)": memory.teacher > 0,
     }

@@ -39,7 +39,7 @@ class Hardware:
 
         Raises: ConfigError for a name that is not known.
         """
-        name = text.strip().lower().replace("_", "-").replace(" ", "-")
+        name = text.strip().lower().replace("_", "-").replace(" ", "")
         if name == "auto":
             return _gpus() or _cpu()
         if name == "cpu":
@@ -87,7 +87,7 @@ DEVICES: Mapping[str, tuple[float, float, float, float]] = {
 }
 """(memory in GB as sold, dense bfloat16 TFLOP/s, float32 TFLOP/s, GB/s), from the vendors' data sheets."""
 
-_ALIASES = {"a100": "a100-80gb", "h100-sxm": "h100", "h100-80gb": "h100", "a6000": "rtx-a6000"}
+_ALIASES = {"a100": "a100-80gb", "h100-sxm": "h100", "h100-80gb": "h100", "a6000": "rtx-a6000", "rtxa6000": "rtx-a6000"}
 
 
 def _kind_and_count(name: str) -> tuple[str, int]:
