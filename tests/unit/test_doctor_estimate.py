@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -343,8 +344,9 @@ def test_this_cpu_is_measured():
 
 
 @pytest.mark.slow
-def test_an_update_and_rollouts_on_this_cpu_take_about_the_estimated_time():
+def test_a_step_of_a_small_pair_on_this_cpu_takes_about_the_estimated_time():
     from stableopd.rollout.hf import HFEngine
+    from stableopd.teachers.local import LocalTeacher
     from stableopd.types import Sampling
 
     rows, prompt, completion, vocab = 8, 16, 64, 2_000
@@ -358,6 +360,14 @@ def test_an_update_and_rollouts_on_this_cpu_take_about_the_estimated_time():
     model = AutoModelForCausalLM.from_config(shape).float()
     work = updater(model, StableOPDConfig(method="sft"))
     batch = gold(rows, prompt, completion, vocab)
+    larger = tiny(layers=6, hidden=384, vocab=vocab)
+    teacher = LocalTeacher(
+        AutoModelForCausalLM.from_config(larger).float(),
+        model_id="teacher",
+        vocab_size=vocab,
+        token_budget=4_096,
+        autocast=nullcontext,
+    )
     engine = HFEngine(model=model, end_token_ids=(), pad_token_id=0)
     examples = [Example(index=i, prompt="", prompt_ids=tuple(range(1, prompt + 1))) for i in range(rows)]
     sampling = Sampling(num_generations=1, max_new_tokens=completion, temperature=1.0, top_p=1.0, top_k=0, seed=0)
@@ -370,8 +380,12 @@ def test_an_update_and_rollouts_on_this_cpu_take_about_the_estimated_time():
 
     update = timed(lambda: work.update(batch, 1e-5))
     rollout = timed(lambda: engine.generate(examples, sampling, step=1))
-    found = estimate(config, shape, shape, "cpu", mean_completion=completion).seconds
+    rollouts = engine.generate(examples, sampling, step=1)
+    scoring = timed(lambda: teacher.score(rollouts, temperature=1.0))
+    found = estimate(config, shape, larger, "cpu", mean_completion=completion).seconds
     print(
         f"update {update:.3f} s, estimated {found.update:.3f}; rollout {rollout:.3f} s, estimated {found.rollout:.3f}"
     )
-    assert (update + rollout) / 4 < found.update + found.rollout < (update + rollout) * 4
+    print(f"teacher {scoring:.3f} s, estimated {found.teacher:.3f}")
+    taken = update + rollout + scoring
+    assert taken / 4 < found.total < taken * 4

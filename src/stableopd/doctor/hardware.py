@@ -48,7 +48,7 @@ class Hardware:
         if memory := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)-?(gib|gb)", kind):
             size = float(memory[1]) * (GIB if memory[2] == "gib" else 10**9)
             if size >= 1:
-                return cls(name=name, num_devices=count, memory_bytes=int(size))
+                return cls(name=text.strip(), num_devices=count, memory_bytes=int(size))
         if kind not in DEVICES:
             known = [*DEVICES, "cpu", "auto"]
             raise ConfigError(
@@ -57,7 +57,7 @@ class Hardware:
             )
         gib, bf16, float32, bandwidth = DEVICES[kind]
         return cls(
-            name=name,
+            name=text.strip(),
             num_devices=count,
             memory_bytes=int(gib * GIB),
             flops_bf16=bf16 * 1e12,
