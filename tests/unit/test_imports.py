@@ -87,7 +87,7 @@ LAYERS = (
     {"teaching", "engines"},
     {"doctor.sides", "doctor.budget", "doctor.data", "doctor.judging", "doctor.templates", "doctor.tokens"},
     {"doctor.checkup"},
-    {"doctor.hardware", "doctor.sample"},
+    {"doctor.hardware", "doctor.shapes", "doctor.plan", "doctor.memory", "doctor.timing", "doctor.sample"},
     {"doctor.behaviour", "doctor.estimate"},
     {"doctor.examination", "doctor.view"},
     {"assembly"},
