@@ -38,7 +38,7 @@ def print_examination(console: Console, examination: Examination) -> None:
     for title, figures in (("behaviour", examination.figures), ("estimate", _figures_of(examination.estimate))):
         if figures:
             console.print(_figures(title, figures))
-    for line in examination.left_out:
+    for line in (*_assumed(examination.estimate), *examination.left_out):
         console.print(Text(printable(line), style="dim"), soft_wrap=True)
     text, style = verdict(examination)
     console.print()
@@ -90,6 +90,17 @@ def _figures_of(estimate: Any) -> dict[str, Any]:
     if not is_dataclass(estimate) or isinstance(estimate, type):
         return {}
     return {name: value for name, value in asdict(estimate).items() if isinstance(value, int | float | str)}
+
+
+def _assumed(estimate: Any) -> list[str]:
+    """The parts of the memory and what the estimate rests on, in dim lines below it."""
+    if estimate is None:
+        return []
+    gib = {name: size / 2**30 for name, size in estimate.memory.parts().items()}
+    parts = ", ".join(
+        f"{name} {size:.2g}" for name, size in sorted(gib.items(), key=lambda one: -one[1]) if size > 1e-3
+    )
+    return [f"GiB: {parts}", *estimate.assumptions]
 
 
 def _finite(value: Any) -> Any:
