@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,6 +121,44 @@ def test_a_teacher_with_nan_weights_is_fatal(pair, examples):
     findings, _ = examined(student, with_rows(teacher, lambda weight: weight.fill_(torch.nan)), examples)
     assert alarms(findings)["not_finite"] == "fatal"
     assert "the teacher gives log-probabilities" in findings[0].summary
+
+
+def test_a_student_with_nan_weights_is_fatal(pair, examples):
+    student, teacher = pair
+    findings, _ = examined(with_rows(student, lambda weight: weight.fill_(torch.nan)), teacher, examples)
+    assert alarms(findings) == {"not_finite": "fatal"}
+
+
+def test_gold_that_is_cut_off_says_nothing_about_ends(pair, examples):
+    cut = [replace(example, gold_ids=example.gold_ids[:2]) for example in examples]
+    findings, figures = examined(*pair, cut)
+    assert alarms(findings) == {}
+    assert "teacher_end_at_gold" not in figures
+
+
+def test_any_end_token_of_the_teachers_is_an_end(pair, examples):
+    student, teacher = pair
+    end, other = TOKENIZER.eos_token_id, TOKENIZER.convert_tokens_to_ids("9")
+    findings, figures = behaviour_findings(
+        student=copy.deepcopy(student),
+        teacher=with_rows(teacher, swapped(end, other)),
+        tokenizer=TOKENIZER,
+        examples=examples,
+        end_ids=end_token_ids(TOKENIZER) | {other},
+        config=StableOPDConfig(**CONFIG),
+        device="cpu",
+    )
+    assert "teacher_ends" not in alarms(findings)
+    assert figures["teacher_end_at_gold"] > 0.5
+
+
+def test_masked_special_tokens_are_no_problem(pair, examples):
+    student, teacher = pair
+    end, pad = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
+    silent = with_rows(teacher, lambda weight: weight[pad].copy_(-5 * weight[end]))
+    masked = {"distill": {"tokens": {"mask_special": True}}}
+    findings, _ = examined(with_rows(student, swapped(end, pad)), silent, examples, objective=masked)
+    assert "special_tokens" not in alarms(findings)
 
 
 def test_a_student_that_never_ends_is_found_before_the_run(pair, examples):

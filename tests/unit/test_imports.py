@@ -88,6 +88,7 @@ LAYERS = (
     {"doctor.sides", "doctor.budget", "doctor.data", "doctor.judging", "doctor.templates", "doctor.tokens"},
     {"doctor.checkup"},
     {"doctor.hardware", "doctor.shapes", "doctor.plan", "doctor.memory", "doctor.timing", "doctor.sample"},
+    {"doctor.agreement"},
     {"doctor.behaviour", "doctor.estimate"},
     {"doctor.examination", "doctor.view"},
     {"assembly"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from stableopd.heads import HeadlessModel
 from stableopd.models import computing_module
 from stableopd.protocols import Teacher
 from stableopd.rollout.hf import HFEngine
-from stableopd.scoring import Scores, completion_scores
+from stableopd.scoring import Autocast, Scores, completion_scores
 from stableopd.teachers.local import LocalTeacher
 from stableopd.tokens import pad_left, pad_right
 from stableopd.types import Example, RolloutBatch, Sampling, TokenScores
@@ -35,6 +36,7 @@ class Sample:
     student: Scores
     teacher: TokenScores | None
     gold: RolloutBatch | None
+    """Golden solutions that end in an end token; one that is cut off says nothing about ends."""
     gold_student: Scores | None
     gold_teacher: TokenScores | None
 
@@ -58,6 +60,8 @@ class Bench:
         self.end_ids = frozenset(end_ids)
         self.device = device
         self._seed = seed
+        bf16 = config.optimizer.bf16
+        self._autocast: Autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16) if bf16 else nullcontext
         self._pad_id = pad_token_id(tokenizer)
         self._num_ids = vocab_size(tokenizer)
         self._topk = min(MOST_TOPK, max(1, self._num_ids // 8))  # of a tiny vocabulary any two would share most
@@ -70,7 +74,7 @@ class Bench:
                 model_id="teacher",
                 vocab_size=self._num_ids,
                 token_budget=config.optimizer.micro_batch_tokens,
-                autocast=nullcontext,
+                autocast=self._autocast,
             )
 
     def sample(self, examples: Sequence[Example], say: Callable[[str], None]) -> Sample:
@@ -78,7 +82,7 @@ class Bench:
         say("generating rollouts of the student")
         rollouts = self.rollouts(examples)
         say("scoring rollouts and gold")
-        with_gold = [example for example in examples if example.gold_ids]
+        with_gold = [example for example in examples if example.gold_ids and example.gold_ids[-1] in self.end_ids]
         gold = self._gold(with_gold) if with_gold else None
         return Sample(
             rollouts=rollouts,
@@ -87,7 +91,7 @@ class Bench:
             teacher=self.teacher_scores(rollouts, topk=self._topk),
             gold=gold,
             gold_student=None if gold is None else self.student_scores(gold),
-            gold_teacher=None if gold is None else self.teacher_scores(gold, topk=1),
+            gold_teacher=None if gold is None else self.teacher_scores(gold, topk=self._topk),
         )
 
     def rollouts(self, examples: Sequence[Example]) -> RolloutBatch:
@@ -99,6 +103,7 @@ class Bench:
             vocab_size=self._num_ids,
             max_batch_size=rollout.max_batch_size,
             tokenizer=self.tokenizer,
+            autocast=self._autocast,
         )
         sampling = Sampling(
             max_new_tokens=rollout.max_completion_length,
@@ -107,6 +112,7 @@ class Bench:
             top_k=rollout.top_k,
             num_generations=min(_NUM_GENERATIONS, rollout.num_generations),
             stop_strings=rollout.stop_strings,
+            stop_loops_after=rollout.stop_loops_after,
             seed=self._seed,
         )
         return engine.generate(examples, sampling, step=0)
@@ -119,7 +125,7 @@ class Bench:
             rollouts,
             temperature=self.config.rollout.temperature,
             token_budget=token_budget or self.config.optimizer.micro_batch_tokens,
-            autocast=nullcontext,
+            autocast=self._autocast,
             entropy=topk > 0,
             topk=topk,
         )
