@@ -374,6 +374,13 @@ def _explain(error: ValidationError) -> list[tuple[str, str]]:
     return problems
 
 
+def holds_secrets(dotted: str) -> bool:
+    """Whether what is given under a key may hold one, so that a complaint must not show it."""
+    section, _, leaf = dotted.rpartition(".")
+    whole_teacher = dotted in ("teacher", "teachers") or section == "teachers"
+    return whole_teacher or dotted in _HOLD_SECRETS or leaf in ("server_url", "api_key_env")
+
+
 def _unknown_key(dotted: str) -> str:
     leaf = dotted.rsplit(".", 1)[-1]
     if leaf in HINTS:
@@ -386,7 +393,7 @@ def _wrong_value(dotted: str, problem: Any) -> str:
     given, message = problem["input"], str(problem["msg"]).removeprefix("Value error, ")
     if not dotted:
         return message
-    if dotted in _HOLD_SECRETS or dotted.split(".")[0] in ("teacher", "teachers") or dotted.endswith("server_url"):
+    if holds_secrets(dotted):
         return f"{dotted}: {message[0].lower()}{message[1:]}"
     if problem["type"] == "model_type":
         message = "is a section: give its settings one by one, as a mapping"

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from stableopd.config import FLAT_NAMES, ControllerConfig, StableOPDConfig, set_path
+from stableopd.config import FLAT_NAMES, ControllerConfig, StableOPDConfig, holds_secrets, set_path
 from stableopd.errors import ConfigError
 
 _MAY_CHANGE_ON_RESUME = {"max_steps", "checkpoint", "logging", "output_dir", "num_processes", "doctor"}
@@ -152,7 +152,8 @@ def _placed(
     for dotted, message in error.problems:
         guilty = [text for key, text in overrides.items() if _is_within(dotted, key)]
         if guilty:
-            yield f"{guilty[-1]} (command line): {message.removeprefix(f'{dotted}: ')}"
+            shown = guilty[-1].partition("=")[0] if holds_secrets(dotted) else guilty[-1]
+            yield f"{shown} (command line): {message.removeprefix(f'{dotted}: ')}"
             continue
         involved = [text for key, text in overrides.items() if dotted and _is_within(key, dotted)]
         beside = f" with {' '.join(involved)} (command line)" if involved else ""

@@ -17,7 +17,7 @@ from stableopd.protocols import RolloutEngine
 from stableopd.rollout.hf import HFEngine
 from stableopd.rollout.requests import Backend, padding_ids
 from stableopd.rollout.snapshot import SnapshotEngine
-from stableopd.rollout.vllm import VllmEngine, check_vllm_sampling
+from stableopd.rollout.vllm import VllmEngine
 from stableopd.rollout.vllm_colocated import ColocatedBackend
 from stableopd.rollout.vllm_server import ServerBackend
 from stableopd.rollout.weight_sync import plain_weights
@@ -67,11 +67,13 @@ def _vllm_engine(
     autocast: Autocast,
 ) -> VllmEngine:
     rollout = config.rollout
-    raw = check_vllm_sampling(
-        rollout.temperature,
-        cut=rollout.top_p < 1 or rollout.top_k > 0,
-        stops_loops=rollout.stop_loops_after is not None,
-    )
+    raw = rollout.is_cut  # the temperature is 1 then
+    sequences = checked_sequences(examples, rollout.vllm.sync_check_rollouts)
+    if not sequences and rollout.vllm.sync_check_rollouts:
+        raise ConfigError(
+            "no prompt has two tokens or more, so that vLLM's weights cannot be compared with the student's; use "
+            "rollout.engine=hf"
+        )
     model = computing_module(student)
     backend = _backend(student, config, tokenizer, end_ids, raw_logprobs=raw)
     if rollout.vllm.mode == "server":  # whatever it was started with, or another run left in it
@@ -81,7 +83,7 @@ def _vllm_engine(
         model,
         pad_token_id=pad_token_id(tokenizer),
         vocab_size=vocab_size(tokenizer),
-        sequences=checked_sequences(examples, rollout.vllm.sync_check_rollouts),
+        sequences=sequences,
         tolerance=rollout.vllm.sync_tolerance,
         raw_logprobs=raw,
         trial=Sampling(
@@ -147,5 +149,13 @@ def _longest(student: nn.Module, config: StableOPDConfig) -> int:
 
 
 def checked_sequences(examples: Sequence[Example], number: int) -> list[tuple[int, ...]]:
-    """The beginnings of a few prompts with their gold, on which engine and trainer are compared."""
-    return [(*example.prompt_ids, *(example.gold_ids or ()))[:_CHECKED_TOKENS] for example in examples[:number]]
+    """Ends of a few prompts with the beginnings of their gold, on which engine and trainer are compared.
+
+    Prompts from all over the data, as neighbours may share most of their text.
+    """
+    if not number:
+        return []
+    chosen = examples[:: max(1, len(examples) // number)][:number]
+    half = _CHECKED_TOKENS // 2
+    found = [(*example.prompt_ids[-half:], *(example.gold_ids or ())[:half]) for example in chosen]
+    return [sequence for sequence in found if len(sequence) > 1]

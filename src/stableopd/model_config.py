@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from stableopd.keys import plain_url
 from stableopd.sections import NonNegativeInt, Positive, PositiveInt, Section
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -84,21 +84,4 @@ class TeacherConfig(ModelConfig):
     @field_validator("server_url")
     @classmethod
     def _plain_url(cls, url: str | None) -> str | None:
-        """A URL may be logged and shown, so that it must not carry a secret."""
-        if url is None:
-            return None
-        if not url.startswith(("http://", "https://")):
-            raise ValueError("server_url must begin with http:// or https://")
-        try:
-            parts = urlsplit(url)
-            port_is_wrong = parts.port == 0
-        except ValueError:
-            port_is_wrong = True
-        if port_is_wrong or not parts.hostname or not url.isprintable():
-            raise ValueError("server_url must be a host and, where need be, a port and a path: http://10.0.0.5:8000")
-        if "@" in parts.netloc or parts.query or parts.fragment:
-            raise ValueError(
-                "server_url must hold neither a user and password nor a query: it is shown in messages and kept in "
-                "config.yaml. Put the key into an environment variable and name that in api_key_env"
-            )
-        return url
+        return plain_url(url)

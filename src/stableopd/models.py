@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -19,6 +20,8 @@ from stableopd.errors import ConfigError, MissingDependencyError, ModelError
 from stableopd.heads import Head, HeadlessModel, evaluating
 from stableopd.scoring import StatesModel
 
+_LOADING = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, StrictDataclassError)
+"""What transformers raises for files of a model that are damaged or contradict each other."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
 
@@ -35,7 +38,7 @@ def load_model(config: ModelConfig, role: str) -> nn.Module:
         options |= _placement(config, role)
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+    except (*_LOADING, RuntimeError, AssertionError, SafetensorError) as error:
         if "offload_folder" in str(error) or "offload_dir" in str(error):
             raise _does_not_fit(role, name) from error
         if config.attn_implementation and _is_about_attention(error, config.attn_implementation):
@@ -65,7 +68,7 @@ def _placement(config: TeacherConfig, role: str) -> dict[str, Any]:
     if config.quantization is not None:
         try:
             options["quantization_config"] = AutoQuantizationConfig.from_dict(dict(config.quantization))
-        except (ValueError, TypeError, ImportError) as error:
+        except (ValueError, TypeError, ImportError, AttributeError, KeyError) as error:
             raise ConfigError(
                 f"{role}.quantization is not what transformers takes as quantization_config: {_first_line(error)}. "
                 "An example: {quant_method: bitsandbytes, load_in_8bit: true}"
@@ -78,7 +81,7 @@ def load_model_config(config: ModelConfig, role: str) -> Any:
     name = _require_name(config, role)
     try:
         return AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except _LOADING as error:
         raise _cannot_load("model", role, name, error) from error
 
 
@@ -89,7 +92,7 @@ def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, revision=config.revision, trust_remote_code=False
         )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError) as error:
+    except (*_LOADING, RuntimeError) as error:
         raise _cannot_load("tokenizer", role, name, error) from error
     return tokenizer
 

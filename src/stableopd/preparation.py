@@ -153,6 +153,11 @@ def check_processes(accelerator: Accelerator, config: StableOPDConfig) -> None:
             f"{asked} processes were asked for and {found} train together. On CPUs launch with "
             "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m stableopd train ..."
         )
+    if config.rollout.engine == "vllm" and found > 1:
+        raise ConfigError(
+            f"rollout.engine=vllm with {found} processes: each would sync weights of its own into the engine. Use one "
+            "process with vllm, or rollout.engine=hf with several"
+        )
     if config.rollout.num_prompts < found:
         raise ConfigError(f"rollout.num_prompts is {config.rollout.num_prompts}; {found} processes need one each")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from stableopd.keys import plain_url
 from stableopd.sections import NonNegativeInt, Positive, PositiveInt, Section
 
 
@@ -27,11 +28,16 @@ class VllmConfig(Section):
     enforce_eager: bool = False
     timeout_s: Positive = 600.0
     sync_check_rollouts: NonNegativeInt = 4
-    """Rollouts whose log-probabilities are compared with the trainer's after every weight sync; 0: none."""
+    """Prompts with gold whose log-probabilities are compared with the trainer's after every weight sync; 0: none."""
     sync_tolerance: Positive = 0.1
     """Largest mean |difference| of those log-probabilities, in nats, at which a sync counts as done."""
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
     """More arguments of vllm.LLM, by name."""
+
+    @field_validator("server_url")
+    @classmethod
+    def _plain_url(cls, url: str | None) -> str | None:
+        return plain_url(url)
 
 
 class RolloutConfig(Section):
@@ -40,7 +46,7 @@ class RolloutConfig(Section):
     num_prompts: PositiveInt = 64
     """Prompts per step, all processes together."""
     num_generations: PositiveInt = 4
-    max_completion_length: PositiveInt = 1024
+    max_completion_length: Annotated[int, Field(ge=1, le=100_000_000)] = 1024
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: NonNegativeInt = 0
@@ -67,6 +73,23 @@ class RolloutConfig(Section):
             raise ValueError(f"vllm.{self.vllm.changed()[0]} is set, but engine is {self.engine!r}; set engine=vllm")
         if self.vllm.mode == "server" and self.vllm.server_url is None:
             raise ValueError("vllm.mode is 'server', and vllm.server_url does not say where it is")
+        if self.engine == "vllm":
+            self._vllm_gives_its_log_probabilities()
         if self.vllm.server_url is not None and self.vllm.mode != "server":
             raise ValueError("vllm.server_url is given, but vllm.mode is 'colocate'; set vllm.mode=server")
         return self
+
+    def _vllm_gives_its_log_probabilities(self) -> None:
+        if self.stop_loops_after is not None:
+            raise ValueError("stop_loops_after is not possible with engine=vllm; leave it out, or use engine=hf")
+        if self.is_cut and self.temperature != 1.0:
+            raise ValueError(
+                f"temperature is {self.temperature:g} with top_p or top_k: vLLM gives log-probabilities either at "
+                "temperature 1 or of the cut distribution, and the teacher's are of neither. Set temperature=1, or "
+                "top_p=1 and top_k=0, or engine=hf"
+            )
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether tokens are drawn from a part of the distribution only."""
+        return self.top_p < 1 or self.top_k > 0

@@ -302,7 +302,7 @@ class StableOPDTrainer:
             token_ids=[view.completion.token_ids for view in views],
             advantages=all_advantages(views),
             accuracy=figures.get("reward/right_fraction"),
-            other_budget=self.controller.controls().shortened,
+            other_budget=self.source.budget != self.config.rollout.max_completion_length,
         )
         judged = self.monitor.judge(batch.step, {key: figures[key] for key in figures if key == FAILED_REWARDS})
         report = replace(report, alerts=report.alerts + judged)

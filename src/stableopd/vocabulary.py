@@ -34,6 +34,9 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any = N
     """
     configured = getattr(generation_config, "eos_token_id", None)
     several = configured if isinstance(configured, list | tuple) else [configured]
+    wrong = [end for end in several if end is not None and not isinstance(end, int)]
+    if wrong:
+        raise ModelError(f"eos_token_id in generation_config.json is {wrong[0]!r}, and must be an id or a list of ids")
     ends = frozenset(int(end) for end in (tokenizer.eos_token_id, turn_end_id(tokenizer), *several) if end is not None)
     if not ends:
         raise ModelError(

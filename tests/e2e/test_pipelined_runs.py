@@ -112,6 +112,18 @@ def test_an_error_while_generating_ahead_ends_the_run_with_that_error(run_settin
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rollouts-")]
 
 
+def test_rollouts_that_were_made_ahead_are_known_by_the_budget_they_had(run_settings):
+    trainer = StableOPDTrainer(args=StableOPDConfig(**pipelined(run_settings)))
+    examples = trainer._my_prompts(2).examples
+    trainer.source.begin(examples, Sampling(max_new_tokens=5), step=2)
+    rollouts = trainer.source.rollouts(examples, Sampling(max_new_tokens=12), step=2)
+    assert trainer.source.budget == 5
+    assert max(rollouts.lengths()) <= 5
+    trainer.source.rollouts(examples, Sampling(max_new_tokens=12), step=3)
+    assert trainer.source.budget == 12
+    trainer.source.drop()
+
+
 class EndlessEngine:
     """Tells of a finished rollout for ever, until it is stopped by what it tells."""
 

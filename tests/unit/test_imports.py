@@ -12,7 +12,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "stableopd"
 
 LAYERS = (
-    {"errors", "types", "names", "sections", "doctor", "doctor.findings"},
+    {"errors", "types", "names", "sections", "keys", "doctor", "doctor.findings"},
     {"tokens", "reading", "vocabulary", "lines", "sparklines", "tailing", "notify", "objective", "distributed"}
     | {"model_config", "rollout_config"}
     | {"health.causes", "health.loops", "health.pieces", "health.signals"}

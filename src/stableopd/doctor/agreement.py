@@ -20,6 +20,8 @@ from stableopd.types import RolloutBatch, TokenScores
 
 NEVER_ENDS = 0.05
 """Mean probability of the end token at the end of gold below which the teacher does not end there."""
+_ENOUGH = 8
+"""Rollouts that ended by themselves from which something can be told."""
 NEVER_SAYS = 1e-4
 INCOMPATIBLE_OVERLAP, INCOMPATIBLE_KL = 0.3, 2.0
 SAME_OVERLAP, SAME_KL = 0.99, 1e-3
@@ -40,7 +42,16 @@ def teacher_ends(sample: Sample, bench: Bench, figures: dict[str, float]) -> Ite
     ]
     if stopped and sample.teacher.sampled_logprobs is not None:
         ends = last_tokens(sample.teacher.sampled_logprobs, sample.rollouts, stopped).exp()
-        figures["teacher_end_at_rollouts"] = float(ends.mean())
+        figures["teacher_end_at_rollouts"] = mean = float(ends.mean())
+        if mean < NEVER_ENDS and len(stopped) >= _ENOUGH and sample.gold is None:
+            yield Finding(
+                check="teacher_ends",
+                danger="problem",
+                summary="the teacher does not end answers where the student's rollouts end",
+                evidence=f"mean probability of the end token at the end of {len(stopped)} rollouts: {mean:.2g}",
+                remedy="compare eos_token_id and chat templates of the two; give gold, whose ends are a surer sign",
+                figures={"teacher_end_at_rollouts": mean},
+            )
     if sample.gold is None or sample.gold_teacher is None or sample.gold_teacher.sampled_logprobs is None:
         return
     rows = range(len(sample.gold))
@@ -141,6 +152,8 @@ def agreement(sample: Sample, figures: dict[str, float]) -> Iterator[Finding]:
             evidence=measured,
             remedy="take a teacher that can do more (is it the student itself?), or harder prompts",
         )
+    else:
+        yield Finding(check="agreement", danger="note", summary="forecast: fine", evidence=measured)
 
 
 def gold_style(sample: Sample, figures: dict[str, float]) -> Iterator[Finding]:

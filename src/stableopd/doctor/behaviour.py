@@ -105,7 +105,8 @@ def _consistency(sample: Sample, bench: Bench, figures: dict[str, float]) -> Ite
     """Do scores depend on what is scored beside them, and does the engine say what the trainer says?"""
     rollouts, mask = sample.rollouts, sample.rollouts.completion_mask
     some = list(range(len(rollouts)))[::-2]  # in another order, beside others
-    tolerance = 1e-3 if _is_exact(bench) else 0.1
+    exact, exact_teacher = _is_exact(bench), _is_exact(bench) and bench.teacher_is_here
+    tolerance = 1e-3 if exact else 0.5
     again = bench.student_scores(select_rollouts(rollouts, some), token_budget=1)
     pairs: dict[str, tuple[Tensor, Tensor | None]] = {"student": (sample.student.logprobs[some], again.logprobs)}
     if sample.teacher is not None and sample.teacher.sampled_logprobs is not None:
@@ -117,7 +118,7 @@ def _consistency(sample: Sample, bench: Bench, figures: dict[str, float]) -> Ite
             continue
         gap = float(((one - other).abs() * mask[some]).max())
         figures[f"rescoring_gap_{side}"] = gap
-        if gap > tolerance:
+        if gap > (1e-3 if (exact_teacher if side == "teacher" else exact) else 0.5):
             yield Finding(
                 check="consistency",
                 danger="problem",

@@ -92,7 +92,7 @@ def refuse_fatal(findings: Sequence[Finding], *, ignore: bool = False) -> None:
     raise ModelError(
         "the run would fail or collapse, by the checks of `stableopd doctor`:\n"
         + "\n".join(lines)
-        + "\nTo go on all the same: doctor=warn"
+        + "\nTo go on all the same, where a run can: doctor=warn"
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -15,10 +13,12 @@ from transformers import GenerationConfig
 
 from stableopd.config import ModelConfig, StableOPDConfig, TeacherConfig
 from stableopd.data import load_examples, read_rows
+from stableopd.doctor.behaviour import behaviour_findings
 from stableopd.doctor.checkup import cheap_findings
+from stableopd.doctor.estimate import estimate, estimate_findings
 from stableopd.doctor.findings import Finding, in_order
 from stableopd.doctor.sides import Side, spread
-from stableopd.errors import DataError, ModelError, StableOPDError
+from stableopd.errors import DataError, ModelError, StableOPDError, TeacherError
 from stableopd.judges import get_judge
 from stableopd.models import load_model, load_model_config, load_tokenizer
 from stableopd.protocols import Teacher
@@ -130,19 +130,22 @@ def examine(
     )
     if assumed:
         findings = [finding for finding in findings if finding.check != "num_prompts"]
-    estimate, more = _estimated(config, material, hardware)
+    cost, more = _estimated(config, material, hardware)
     findings += more
     reason = _why_not_run(config, material, findings, quick)
     figures: Mapping[str, float] = {}
     if reason is not None:
         left_out.append(reason)
     else:
-        more, figures = _behaviour(config, material, num_prompts, seed, say)
+        try:
+            more, figures = _behaviour(config, material, num_prompts, seed, say)
+        except TeacherError as error:
+            more = [_server_fails(error)]
         findings += more
     return Examination(
         findings=in_order(findings),
         figures=figures,
-        estimate=estimate,
+        estimate=cost,
         looked_at=_looked_at(material),
         left_out=tuple(left_out),
     )
@@ -250,6 +253,16 @@ def _read_examples(
     return tuple(examples), chat or None
 
 
+def _server_fails(error: TeacherError) -> Finding:
+    return Finding(
+        check="teacher_server",
+        danger="fatal",
+        summary="the teacher's server cannot score",
+        evidence=str(error).partition(". ")[0],
+        remedy="start it, check teacher.server_url and what it says; then run the doctor again",
+    )
+
+
 def _unusable(setting: str, error: StableOPDError) -> Finding:
     what, _, how = str(error).partition(". ")
     return Finding(
@@ -264,28 +277,27 @@ def _unusable(setting: str, error: StableOPDError) -> Finding:
 # ------------------------------------------------------------------------------------ running models
 
 
-def _part(name: str) -> Any:
-    """A module of the doctor that need not be there; None where it is not."""
-    full = f"stableopd.doctor.{name}"
-    return importlib.import_module(full) if importlib.util.find_spec(full) else None
-
-
 def _estimated(config: StableOPDConfig, material: Material, hardware: str) -> tuple[Any, list[Finding]]:
     """Memory and time of a step, where both models' configurations are known."""
-    part = _part("estimate")
-    if part is None:
-        return None, []
     teacher = material.teachers[0].model_config if material.teachers else None
-    made = part.estimate(config, material.student.model_config, teacher, hardware)
-    return made, list(part.estimate_findings(made))
+    prompts = [len(example.prompt_ids) for example in material.examples]
+    golds = [len(example.gold_ids) for example in material.gold_pool or material.examples if example.gold_ids]
+    longest = config.rollout.max_completion_length
+    made = estimate(
+        config,
+        material.student.model_config,
+        teacher,
+        hardware,
+        prompt_tokens=max(prompts, default=None),
+        mean_completion=min(sum(golds) / len(golds), longest) if golds else None,
+    )
+    return made, estimate_findings(made)
 
 
 def _why_not_run(config: StableOPDConfig, material: Material, findings: Sequence[Finding], quick: bool) -> str | None:
     """Why the models are not run; None if they can be."""
     if quick:
         return "the models were not run (--quick)"
-    if _part("behaviour") is None:
-        return "the models were not run: this version cannot"
     fatal = [finding.check for finding in findings if finding.danger == "fatal"]
     if fatal:
         return f"the models were not run: first mend {', '.join(dict.fromkeys(fatal))}"
@@ -306,7 +318,7 @@ def _behaviour(
     name, teacher = _teacher(config, material, device, say) if config.objective.needs_teacher else (None, None)
     examples = [example for example in material.examples if example.teacher in (None, name)]
     say("running the student and the teacher")
-    findings, figures = _part("behaviour").behaviour_findings(
+    findings, figures = behaviour_findings(
         student=student,
         teacher=teacher,
         tokenizer=material.student.tokenizer,

@@ -143,6 +143,11 @@ class Bench:
                 raise
             return self._teacher.score(rollouts, temperature=temperature)
 
+    @property
+    def teacher_is_here(self) -> bool:
+        """Whether the teacher, if there is one, runs in this process, so that its arithmetic is known."""
+        return self._teacher is None or isinstance(self._teacher, LocalTeacher)
+
     def modules(self) -> list[nn.Module]:
         """The models that run in this process."""
         return [self._model, *([self._teacher.model] if isinstance(self._teacher, LocalTeacher) else [])]

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from stableopd.protocols import RolloutEngine, ScoringStream
 from stableopd.types import Example, FinishedRollout, RolloutBatch, Sampling
 
@@ -15,6 +17,8 @@ class Generated:
     """The rollouts of one step, and the scoring that began with the first of them that ended."""
 
     rollouts: RolloutBatch
+    max_new_tokens: int
+    """The budget that they were drawn with."""
     scoring: ScoringStream | None
 
 
@@ -41,7 +45,7 @@ def generate_and_score(
         if scoring is not None:
             scoring.close()
         raise
-    return Generated(rollouts=rollouts, scoring=scoring)
+    return Generated(rollouts=rollouts, max_new_tokens=sampling.max_new_tokens, scoring=scoring)
 
 
 class _NotWantedError(Exception):
@@ -74,9 +78,12 @@ class Ahead:
         assert self._step is None, "one generation at a time"
         self._step, self._made, self._error = step, None, None
         self._stop = threading.Event()
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
         def work() -> None:
             try:
+                if device is not None:  # each thread begins on the first device
+                    torch.cuda.set_device(device)
                 self._made = generate_and_score(engine, examples, sampling, step=step, scoring=scoring, stop=self._stop)
             except Exception as error:  # told to whoever asks for the rollouts
                 self._error = error

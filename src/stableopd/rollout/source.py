@@ -30,6 +30,8 @@ class RolloutSource:
         self._states = states
         self._ahead = Ahead()
         self._scoring: ScoringStream | None = None
+        self.budget: int | None = None
+        """Most tokens that the rollouts handed out last could have."""
 
     def rollouts(self, examples: Sequence[Example], sampling: Sampling, *, step: int) -> RolloutBatch:
         """Those that were begun for this step, or new ones."""
@@ -37,6 +39,7 @@ class RolloutSource:
             self._engine, examples, sampling, step=step, scoring=self._begin_scoring()
         )
         self._scoring = made.scoring
+        self.budget = made.max_new_tokens
         return made.rollouts
 
     def begin(self, examples: Sequence[Example], sampling: Sampling, *, step: int) -> None:

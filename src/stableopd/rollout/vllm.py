@@ -149,22 +149,6 @@ class VllmEngine:
             )
 
 
-def check_vllm_sampling(sampling_temperature: float, *, cut: bool, stops_loops: bool) -> bool:
-    """Whether vLLM must give raw log-probabilities for a run with this sampling.
-
-    Raises: ConfigError for sampling whose log-probabilities vLLM does not give in our convention.
-    """
-    if stops_loops:
-        raise ConfigError("rollout.stop_loops_after is not possible with rollout.engine=vllm; leave it out, or use hf")
-    if cut and sampling_temperature != 1.0:
-        raise ConfigError(
-            f"rollout.temperature={sampling_temperature:g} with top_p or top_k: vLLM gives log-probabilities either at "
-            "temperature 1 or of the cut distribution, and the teacher's are of neither. Set temperature=1, or top_p=1 "
-            "and top_k=0, or rollout.engine=hf"
-        )
-    return cut
-
-
 def _finished(request: Request, answer: Answer, examples: Sequence[Example]) -> FinishedRollout:
     return FinishedRollout(
         prompt_ids=request.prompt_ids, completion_ids=answer.token_ids, teacher=examples[request.prompt].teacher

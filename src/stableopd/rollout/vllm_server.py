@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, as_completed, wait
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stableopd.errors import ConfigError, EngineError, MissingDependencyError
+from stableopd.keys import key_from
 from stableopd.rollout.requests import Answer, Request
 from stableopd.rollout.vllm_params import sampling_arguments
 
@@ -68,6 +68,7 @@ class ServerBackend:
         finally:
             for future in waiting:
                 future.cancel()
+            wait(waiting)  # what is under way holds cache blocks of the weights that are about to go
 
     def prompt_logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
         """As `Backend`."""
@@ -89,7 +90,11 @@ class ServerBackend:
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder.resolve())}})
-        self._post("/reset_prefix_cache", None)
+        if self._post("/reset_prefix_cache", None).get("success") is False:
+            raise EngineError(
+                f"{self._base} is busy and keeps prompts that it read with the old weights. Leave the server to this "
+                "run alone, or start it with --no-enable-prefix-caching"
+            )
 
     def mend(self) -> bool:
         """A server's model cannot be reached from here."""
@@ -150,7 +155,7 @@ class ServerBackend:
             raise EngineError(
                 f"the rollout server {self._base} does not answer ({type(error).__name__}). Is it up, and is "
                 "rollout.vllm.server_url right? The run goes on from its last checkpoint with --resume"
-            ) from error
+            ) from None  # the cause may hold headers
 
     def _answer(self, response: Any, path: str) -> dict[str, Any]:
         if response.status_code == 404 and path in ("/collective_rpc", "/reset_prefix_cache"):
@@ -173,10 +178,7 @@ class ServerBackend:
 def _headers(api_key_env: str | None) -> dict[str, str]:
     if api_key_env is None:
         return {}
-    key = os.environ.get(api_key_env, "")
-    if not key:
-        raise ConfigError(f"rollout.vllm.api_key_env names {api_key_env}, which is not set in the environment")
-    return {"Authorization": f"Bearer {key}"}
+    return {"Authorization": f"Bearer {key_from(api_key_env, 'rollout.vllm')}"}
 
 
 def _first_choice(answer: dict[str, Any]) -> dict[str, Any]:

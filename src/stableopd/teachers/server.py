@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from stableopd.errors import ConfigError, MissingDependencyError, ModelError, TeacherError
+from stableopd.keys import key_from
 from stableopd.model_config import TeacherConfig
 from stableopd.teachers.background import Background, wait_for_all
 from stableopd.teachers.dialects import WHOLE, Ask, BadAnswerError, RowScores, dialect, tempered
@@ -56,7 +56,12 @@ class ServerTeacher:
         self._dialect = dialect(config.api)
         patience = Patience(timeout_s=config.timeout_s, max_retries=config.max_retries, first_wait_s=first_wait_s)
         self._client = _http_client(config.max_concurrent)
-        self._caller = Caller(self._client, self._url, _key(config.api_key_env), patience)
+        self._caller = Caller(
+            self._client,
+            self._url,
+            None if config.api_key_env is None else key_from(config.api_key_env, "teacher"),
+            patience,
+        )
         self._background = Background()
         self._slots = asyncio.Semaphore(config.max_concurrent)
         self._model: str | None = None
@@ -304,21 +309,6 @@ def _root(url: str | None) -> str:
             "variable and name that in teacher.api_key_env"
         )
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
-
-
-def _key(variable: str | None) -> str | None:
-    """The server's key. Raises: ConfigError when the variable that should hold it does not."""
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ConfigError(
-            f"teacher.api_key_env names the environment variable {variable}, which is not set or empty; export the "
-            "server's key in it"
-        )
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise ConfigError(f"the environment variable {variable} holds characters that no key can have")
-    return key
 
 
 def _http_client(max_concurrent: int) -> Any:
