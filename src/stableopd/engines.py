@@ -67,6 +67,7 @@ def _vllm_engine(
     autocast: Autocast,
 ) -> VllmEngine:
     rollout = config.rollout
+    _check_adapters(student)
     raw = rollout.is_cut  # the temperature is 1 then
     sequences = checked_sequences(examples, rollout.vllm.sync_check_rollouts)
     if not sequences and rollout.vllm.sync_check_rollouts:
@@ -94,6 +95,17 @@ def _vllm_engine(
         ),
         autocast=autocast,
     )
+
+
+def _check_adapters(student: nn.Module) -> None:
+    """Raises: ConfigError for adapters that are more than a low-rank sum, which a sync does not carry over."""
+    settings = getattr(student, "peft_config", None)
+    for adapter in settings.values() if isinstance(settings, dict) else ():
+        if getattr(adapter, "use_dora", False) or getattr(adapter, "modules_to_save", None):
+            raise ConfigError(
+                "rollout.engine=vllm takes plain LoRA adapters, not use_dora or modules_to_save; leave them out, or "
+                "use rollout.engine=hf"
+            )
 
 
 def _backend(

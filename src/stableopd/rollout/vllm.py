@@ -126,10 +126,9 @@ class VllmEngine:
         drawn: list[Answer] = []
         self._backend.run(requests_for([example], trial, 0), drawn.append)
         temperature = trial.logprob_temperature
+        ids = None if self._raw_logprobs else self._vocab_size  # raw ones know of no ban on padding rows
         sequence = (*example.prompt_ids, *drawn[0].token_ids)
-        [expected] = trainer_logprobs(
-            student, [sequence], self._autocast, temperature=temperature, ids=self._vocab_size
-        )
+        [expected] = trainer_logprobs(student, [sequence], self._autocast, temperature=temperature, ids=ids)
         ours = expected[len(example.prompt_ids) - 1 :]
         gap = sum(abs(a - b) for a, b in zip(ours, drawn[0].logprobs, strict=True)) / len(ours)
         if gap > tolerance:

@@ -22,8 +22,6 @@ _ROUNDING = 1e-5
 """Nats that two exact float32 implementations may differ by on average."""
 _ROUNDINGS = 4
 """How many times its first gap an engine may be off by rounding alone."""
-_SHARE = 0.05
-"""Share of the movement that may be missing besides."""
 
 
 def plain_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -93,9 +91,8 @@ class SyncReport:
 class SyncCheck:
     """Compares an engine with the trainer on fixed sequences.
 
-    In sync means that the gap is within `tolerance`, and within four times the engine's own rounding and a twentieth of
-    what the weights have moved. A layer that stayed behind shows as soon as its share of the movement is above that.
-    Movement is counted from the last time it was above the rounding, so that steps too small to see add up.
+    In sync means that the gap is within `tolerance` and within four times the engine's own rounding. What stays behind
+    by less than that cannot be seen yet; it adds up over steps until it can.
     """
 
     def __init__(self, sequences: Sequences, tolerance: float) -> None:
@@ -117,7 +114,7 @@ class SyncCheck:
         assert self._anchor is not None, "start comes first"
         ours, theirs = _flat(trainer), _flat(engine)
         gap, change = _distance(ours, theirs), _distance(ours, self._anchor)
-        in_sync = gap <= min(self._tolerance, _ROUNDINGS * self._noise + _SHARE * change)
+        in_sync = gap <= min(self._tolerance, _ROUNDINGS * self._noise)
         if in_sync and change > 2 * _ROUNDINGS * self._noise:
             self._anchor = ours
         return SyncReport(gap=gap, change=change, noise=self._noise, in_sync=in_sync)
