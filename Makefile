@@ -11,6 +11,8 @@ OUT ?= demo
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# Test files are spread over so many processes, each on one thread.
+WORKERS ?= 2
 VLLM_VENV ?= .venv-vllm
 .PHONY: demo test test-trl test-vllm lint install clean
 
@@ -18,7 +20,7 @@ demo: $(INSTALLED)
 	$(BIN)/stableopd demo --out $(OUT)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-trl: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -e ".[dev,trl]"
