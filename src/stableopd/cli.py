@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from stableopd.commands import study as study_command
 from stableopd.errors import ConfigError, StableOPDError
 
 app = typer.Typer(
@@ -272,6 +273,9 @@ def watch(
     if once:
         sys.exit(show_once(run, console))
     follow(run, console, interval_s=interval)
+
+
+app.command(name="study", epilog=study_command.EPILOG)(study_command.study)
 
 
 def _version(wanted: bool) -> None:
