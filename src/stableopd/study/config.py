@@ -22,10 +22,10 @@ RESERVED = ("grid", "start")
 
 
 class FinalConfig(Section):
-    """The benchmark that every finished run answers: the same prompts for all, so that differences can be paired."""
+    """What every finished run answers: the same prompts for all, so that differences can be paired."""
 
-    benchmark: str | None = None
-    """A registry name or a file of prompts with answers; without it, the run's `evaluation.path`."""
+    benchmarks: tuple[str, ...] = ()
+    """Registry names, or files of prompts with answers; without them, the run's `evaluation.path`."""
     num_prompts: PositiveInt | None = None
     num_samples: PositiveInt = 1
     temperature: Positive = 0.6

@@ -91,6 +91,7 @@ def run_jobs(
     An interrupt ends the processes that are running, which go on where they were the next time.
     """
     waiting = list({job.name: job for job in jobs}.values())
+    assert {name for job in waiting for name in job.after} <= {job.name for job in waiting}, "a job waits for nothing"
     ended: dict[str, Ended] = {}
     active: list[_Active] = []
 
@@ -111,14 +112,17 @@ def run_jobs(
         while waiting or active:
             for job in [job for job in waiting if _is_blocked(job, ended)]:
                 waiting.remove(job)
-                end(job, "skipped", why="needs " + ", ".join(n for n in job.after if ended[n].status != "done"))
-            ready = [job for job in waiting if all(name in ended for name in job.after)]
+                end(job, "skipped", why="needs " + _unmade(job, ended))
+            ready = [job for job in waiting if all(_is_done(name, ended) for name in job.after)]
             for job in ready[: parallel - len(active)]:
                 waiting.remove(job)
-                active.append(_start(job, environment))
+                try:
+                    active.append(_start(job, environment))
+                except OSError as error:
+                    end(job, "failed", why=f"{job.commands[0][0]} cannot be started: {error}")
                 tell_active([one.job for one in active])
-            assert active or not waiting or ready, "jobs wait for what is not there"
-            time.sleep(_POLL_S)
+            if active:
+                time.sleep(_POLL_S)
             for one in active.copy():
                 outcome = _look_at(one, environment)
                 if outcome is not None:
@@ -134,15 +138,28 @@ def run_jobs(
     return ended
 
 
+def _unmade(job: Job, ended: Mapping[str, Ended]) -> str:
+    return ", ".join(name for name in job.after if name in ended and ended[name].status != "done")
+
+
+def _is_done(name: str, ended: Mapping[str, Ended]) -> bool:
+    return name in ended and ended[name].status == "done"
+
+
 def _is_blocked(job: Job, ended: Mapping[str, Ended]) -> bool:
     return any(name in ended and ended[name].status != "done" for name in job.after)
 
 
 def _start(job: Job, environment: Mapping[str, str] | None) -> _Active:
+    """Raises: OSError when its program cannot be started."""
     job.stem.parent.mkdir(parents=True, exist_ok=True)
     first, *rest = job.commands
     log = job.log.open("wb")
-    return _Active(job, _process(job, first, log, environment), log, list(rest), time.monotonic())
+    try:
+        return _Active(job, _process(job, first, log, environment), log, list(rest), time.monotonic())
+    except OSError:
+        log.close()
+        raise
 
 
 def _process(

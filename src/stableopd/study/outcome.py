@@ -41,9 +41,9 @@ class Outcome:
     headline: str
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     answers: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """`sampled` and `greedy`: share of right answers to each prompt of the benchmark, in its order."""
-    benchmark: str = ""
-    """Digest of the benchmark's prompts: answers are paired only where it is the same."""
+    """By benchmark the share of right answers to each of its prompts, in its order."""
+    benchmarks: Mapping[str, str] = field(default_factory=dict)
+    """Digest of each benchmark's prompts: answers are paired only where it is the same."""
 
     @property
     def key(self) -> tuple[str, str, int]:

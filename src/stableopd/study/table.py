@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from stableopd.study.config import StudyConfig
 from stableopd.study.outcome import Outcome, by_arm
 from stableopd.study.running import StudyRun
-from stableopd.study.statistics import Estimate, mean_of_answers, mean_of_runs, paired_difference
+from stableopd.study.statistics import Answers, Estimate, mean_of_answers, mean_of_runs, paired_difference
 
 MEANS = (
     "late_accuracy",
@@ -87,9 +87,10 @@ def _row(arm: str, outcomes: Sequence[Outcome], base: Sequence[Outcome], confide
 
 
 def score(outcome: Outcome) -> float:
-    """What a run is judged by: its answers to the final benchmark, or its late accuracy."""
-    answers = outcome.answers.get("sampled")
-    return statistics.fmean(answers) if answers else outcome.figures.get("late_accuracy", float("nan"))
+    """What a run is judged by: the mean over benchmarks of its answers, or its late accuracy where it has none."""
+    if outcome.answers:
+        return statistics.fmean(statistics.fmean(answers) for answers in outcome.answers.values())
+    return outcome.figures.get("late_accuracy", float("nan"))
 
 
 def _values(outcomes: Sequence[Outcome], name: str) -> list[float]:
@@ -98,7 +99,7 @@ def _values(outcomes: Sequence[Outcome], name: str) -> list[float]:
 
 def _accuracy(outcomes: Sequence[Outcome], confidence: float) -> Estimate | None:
     if _same_prompts(outcomes):
-        return mean_of_answers([outcome.answers["sampled"] for outcome in outcomes], confidence=confidence)
+        return mean_of_answers(_tables(outcomes), confidence=confidence)
     late = _values(outcomes, "late_accuracy")
     return mean_of_runs(late, confidence=confidence) if late else None
 
@@ -112,12 +113,17 @@ def _difference(pairs: Sequence[tuple[Outcome, Outcome]], confidence: float) -> 
     if not pairs:
         return None
     if _same_prompts([outcome for pair in pairs for outcome in pair]):
-        first, second = zip(*((one.answers["sampled"], other.answers["sampled"]) for one, other in pairs), strict=True)
-        return paired_difference(first, second, confidence=confidence)
+        first, second = zip(*pairs, strict=True)
+        return paired_difference(_tables(first), _tables(second), confidence=confidence)
     differences = [score(one) - score(other) for one, other in pairs]
     return mean_of_runs(differences, confidence=confidence)
 
 
+def _tables(outcomes: Sequence[Outcome]) -> Answers:
+    return {name: [outcome.answers[name] for outcome in outcomes] for name in outcomes[0].answers}
+
+
 def _same_prompts(outcomes: Sequence[Outcome]) -> bool:
-    """Whether all of them answered the same benchmark."""
-    return len({outcome.benchmark for outcome in outcomes}) == 1 and all(o.answers.get("sampled") for o in outcomes)
+    """Whether all of them answered the same benchmarks."""
+    first = outcomes[0]
+    return bool(first.answers) and all(outcome.benchmarks == first.benchmarks for outcome in outcomes)
