@@ -11,7 +11,7 @@ from typing import Any
 
 from stableopd.errors import RunFolderError
 from stableopd.health.verdict import collapse_step
-from stableopd.lines import append_line
+from stableopd.lines import append_line, write_atomically
 from stableopd.runfolder import RunRecord, read_run
 
 CURVES: Mapping[str, str] = {
@@ -125,8 +125,11 @@ def read_outcomes(path: Path) -> list[Outcome]:
 
 
 def append_outcome(path: Path, outcome: Outcome) -> None:
-    """Add one result to a results file."""
+    """Add one result to a results file, on a line of its own even behind one that a kill has torn."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        whole, newline, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+        write_atomically(path, whole + newline)
     append_line(path, asdict(outcome))
 
 

@@ -37,7 +37,7 @@ def mean_of_answers(answers: Answers, *, confidence: float = 0.95, seed: int = 0
     """The mean over benchmarks of the mean over runs and prompts.
 
     Runs and the prompts of each benchmark are resampled, independently of each other (the pigeonhole bootstrap of Owen,
-    2007, arXiv 0712.1111), so that the interval speaks of new runs on new prompts. It is rather too wide than too narrow.
+    2007, arXiv 0712.1111), so that the interval speaks of new runs on new prompts. It errs on the wide side.
     A factor with one level is kept as it is: the interval of a single run speaks of new prompts only.
 
     Raises: ValueError without runs or prompts, or for tables of different numbers of runs.
