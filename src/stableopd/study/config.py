@@ -27,7 +27,8 @@ class FinalConfig(Section):
     benchmarks: tuple[str, ...] = ()
     """Registry names, or files of prompts with answers; without them, the run's `evaluation.path`."""
     num_prompts: PositiveInt | None = None
-    num_samples: PositiveInt = 1
+    num_samples: PositiveInt | None = None
+    """Answers to each prompt; without it, what the benchmark is usually given."""
     temperature: Positive = 0.6
     greedy: bool = True
     """Also answer each prompt once greedily: loops show there first."""
