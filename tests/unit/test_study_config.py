@@ -158,6 +158,27 @@ def test_a_complaint_about_a_file_names_its_line_and_overrides_lie_over_it(tmp_p
     assert cells_of(found)[0].config.max_steps == 7
 
 
+def test_a_study_extends_another_in_all_but_its_methods(tmp_path):
+    parent = {
+        "base": {**BASE, "max_steps": 9, "learning_rate": 1e-6}, "methods": {"opd": {}}, "grid": {"seed": [1]},
+        "seeds": [3, 4], "parallel": 2,
+    }  # fmt: skip
+    (tmp_path / "parent.yaml").write_text(yaml.safe_dump(parent))
+    child = {"extends": "parent.yaml", "base": {"max_steps": 5}, "methods": {"sft": {}}, "seeds": [7]}
+    (tmp_path / "child.yaml").write_text(yaml.safe_dump(child))
+    found = load_study(tmp_path / "child.yaml")
+    assert (list(found.methods), found.grid, found.seeds, found.parallel) == (["sft"], {}, (7,), 2)
+    (cell,) = cells_of(found)
+    assert (cell.config.max_steps, cell.config.optimizer.learning_rate) == (5, 1e-6)
+    assert found.folder == Path("studies/child")
+    (tmp_path / "parent.yaml").write_text("extends: child.yaml")
+    with pytest.raises(ConfigError, match="in turn"):
+        load_study(tmp_path / "child.yaml")
+    (tmp_path / "child.yaml").write_text("extends: absent.yaml")
+    with pytest.raises(ConfigError, match=r"absent.yaml: no such"):
+        load_study(tmp_path / "child.yaml")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_study_that_ships_parses_and_all_of_its_runs_are_possible(path):
     assert cells_of(load_study(path))

@@ -17,6 +17,8 @@ from stableopd.study.worlds import ToyWorld
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
 """Names become folders."""
+OWN = ("methods", "grid", "grid_methods", "compare_with", "output_dir")
+"""What a study does not inherit from the one that it extends."""
 RESERVED = ("grid", "start")
 """Keys of a method that are the study's, not a run's."""
 
@@ -118,11 +120,31 @@ class StudyConfig(Section):
 def load_study(path: str | Path, overrides: tuple[str, ...] = ()) -> StudyConfig:
     """The study in a YAML file, with `dotted.key=value` overrides laid over it.
 
+    `extends: other.yaml` takes every section of another study but methods, grid and output_dir; `base` is laid over its.
+
     Raises: ConfigError with the line for broken YAML, an unknown key, a wrong type or an impossible value.
     """
-    raw, lines = read_yaml(Path(path))
+    raw, lines = _with_parents(Path(path), ())
     raw.setdefault("output_dir", str(Path("studies") / Path(path).stem))
     return laid_over(StudyConfig, raw, lines, overrides, path)
+
+
+def _with_parents(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, int]]:
+    """The settings of a file, over those of the study that it `extends`, if any."""
+    raw, lines = read_yaml(path)
+    name = raw.pop("extends", None)
+    if name is None:
+        return raw, lines
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}, line {lines['extends']}: extends is the name of another study's file")
+    parent = path.parent / name
+    if parent in children or parent == path:
+        raise ConfigError(f"{path}, line {lines['extends']}: {name} extends this study in turn")
+    inherited, _ = _with_parents(parent, (*children, path))
+    for key in OWN:
+        inherited.pop(key, None)
+    base = [layer for layer in (inherited.get("base"), raw.get("base")) if isinstance(layer, dict)]
+    return {**inherited, **raw, **({"base": merged(*base)} if base else {})}, lines
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
