@@ -120,7 +120,7 @@ class StudyConfig(Section):
 def load_study(path: str | Path, overrides: tuple[str, ...] = ()) -> StudyConfig:
     """The study in a YAML file, with `dotted.key=value` overrides laid over it.
 
-    `extends: other.yaml` takes every section of another study but methods, grid and output_dir; `base` is laid over its.
+    `extends: other.yaml` takes all sections of another study but methods, grid and output_dir; `base` is laid over its.
 
     Raises: ConfigError with the line for broken YAML, an unknown key, a wrong type or an impossible value.
     """
