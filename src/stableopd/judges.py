@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from stableopd.errors import ConfigError, MissingDependencyError
@@ -31,8 +33,8 @@ def get_judge(name: str, setting: str = "evaluation.judge", *, timeout_s: int | 
 def voter_of(name: str, setting: str = "evaluation.judge") -> Callable[[str], str | None]:
     """What a completion's answer counts as where wrong answers are compared with each other; None: it has no answer.
 
-    `exact`: the completion; `math`: its last mathematical expression; a function of one's own: what its attribute
-    `extract`, a function of the completion, makes of it, else its last line that is not blank.
+    `exact`: the completion; `math`: the value of its last mathematical expression; a function of one's own: what its
+    attribute `extract`, a function of the completion, makes of it, else its last line that is not blank.
     """
     if name == "exact":
         return _stripped
@@ -78,13 +80,35 @@ def _math_judge(setting: str, timeout_s: int | None) -> Judge:
         """The last mathematical expression of the completion equals the answer (Math-Verify)."""
         reference = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
         gold = parse(reference, parsing_timeout=timeout_s)
-        return bool(verify(gold, parse(completion, parsing_timeout=timeout_s), timeout_seconds=timeout_s))
+        return bool(verify(gold, _parsed(completion, timeout_s), timeout_seconds=timeout_s))
 
     return math_match
 
 
-def _math_vote(completion: str) -> str | None:
+@lru_cache(maxsize=1)  # judged, then voted on
+def _parsed(completion: str, timeout_s: int | None) -> Any:
     from math_verify import parse
 
-    parsed = parse(completion, parsing_timeout=None)
-    return str(parsed[0]) if parsed else None
+    return parse(completion, parsing_timeout=timeout_s)
+
+
+def _math_vote(completion: str) -> str | None:
+    parsed = _parsed(completion, None)
+    return _value_of(parsed[0]) if parsed else None
+
+
+def _value_of(expression: Any) -> str:
+    """The same text for 1/2 and 0.5, for √8 and 2√2, for x = 3 and 3; what is no number is told as it was written."""
+    from sympy import Equality
+
+    if isinstance(expression, Equality) and expression.lhs.is_Symbol:
+        expression = expression.rhs
+    if not getattr(expression, "is_number", False) or expression.is_Integer:
+        return str(expression)
+    number = expression.evalf(15)  # as Math-Verify compares
+    if not (number.is_Float or number.is_Integer):
+        return str(expression)
+    value = float(number)
+    if not math.isfinite(value):
+        return str(expression)
+    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:.10g}"

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from stableopd.benchmarking.timed import JudgeFailedError, TimedJudge
 from stableopd.errors import ConfigError
+from stableopd.judges import voter_of
 
 CODE = """
-import ctypes, os, sys, time
+import ctypes, os, subprocess, sys, time
 
 def judge(completion, answer):
     print("chatter on standard output", flush=True)
@@ -23,6 +30,14 @@ def judge(completion, answer):
                 pass
     if completion == "hang in C":
         ctypes.CDLL(None).sleep(60)
+    if completion == "read":
+        sys.stdin.readline()
+        subprocess.run(["cat"])
+    if completion.startswith("leave "):
+        child = subprocess.Popen(["sleep", "600"])
+        with open(completion.removeprefix("leave "), "w") as file:
+            file.write(str(child.pid))
+        child.wait()
     if completion == "raise":
         raise RuntimeError("strange output")
     if completion == "crash":
@@ -85,6 +100,45 @@ def test_it_works_in_a_thread_where_signals_would_not(name):
     assert [one.failure for one in found] == ["timeout"]
 
 
+def test_a_judge_that_reads_standard_input_finds_it_empty(name):
+    with TimedJudge(name, timeout_s=10.0) as judge:
+        found = [judge.judge(completion, "2") for completion in ("read", "2", "read", "2")]
+    assert [(one.right, one.failure) for one in found] == [(False, None), (True, None)] * 2
+
+
+def test_what_a_judge_started_dies_with_it(name, tmp_path):
+    with TimedJudge(name, timeout_s=2.0) as judge:
+        assert judge.judge(f"leave {tmp_path / 'pid'}", "2").failure == "timeout"
+        assert _is_gone(int((tmp_path / "pid").read_text()))
+
+
+def test_a_judge_that_hangs_does_not_outlive_one_who_was_killed(name):
+    """The worker is asked by hand, as by someone who has no time left to kill it."""
+    command = [sys.executable, "-m", "stableopd.benchmarking.judge_worker", name]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        assert "ready" in json.loads(process.stdout.readline())
+        process.stdin.write(b'{"completion": "hang", "answer": "2", "last_resort_s": 0.5}\n')
+        process.stdin.flush()
+        try:
+            assert process.wait(20) == -signal.SIGALRM
+        finally:
+            process.kill()
+
+
+def _is_gone(pid: int) -> bool:
+    """Ended within seconds; one whose parent died may be left as a zombie."""
+    path = Path(f"/proc/{pid}/stat")
+    for _ in range(100):
+        try:
+            if path.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def test_called_like_any_judge_it_raises_where_there_is_no_verdict(name):
     with TimedJudge(name, timeout_s=0.5) as judge:
         assert judge("2", "2") is True
@@ -119,6 +173,26 @@ def test_math_is_judged_and_voted_on_by_its_last_expression():
     assert not any(one.right for one in wrong)
     assert wrong[0].vote == wrong[1].vote
     assert wrong[2].vote is None
+
+
+@pytest.mark.parametrize(
+    "alike",
+    [
+        ("$\\boxed{3}$", "The answer is 3.0.", "$x = 3$", "\\boxed{\\frac{6}{2}}"),
+        ("\\boxed{\\frac{1}{2}}", "\\boxed{0.5}"),
+        ("\\boxed{\\sqrt{8}}", "\\boxed{2\\sqrt{2}}"),
+        ("\\boxed{10^{5000}}",),
+        ("\\boxed{10^{5001}}",),
+        ("\\boxed{100000!}",),
+        ("\\boxed{x + 1}",),
+        ("\\boxed{\\{1, 2\\}}", "\\boxed{2, 1}"),
+    ],
+)
+def test_equal_values_vote_together_and_others_apart(alike):
+    pytest.importorskip("math_verify")
+    vote = voter_of("math")
+    assert len({vote(text) for text in alike}) == 1
+    assert vote(alike[0]) not in (None, vote("\\boxed{4}"), vote("\\boxed{10^{4999}}"), vote("\\boxed{x + 2}"))
 
 
 def test_a_judge_that_cannot_be_had_is_refused_when_first_asked(tmp_path, monkeypatch):

@@ -1,13 +1,16 @@
 """The process that a `TimedJudge` asks: `python -m stableopd.benchmarking.judge_worker NAME`.
 
-Reads lines of {"completion", "answer"}, writes lines of {"right", "vote"} or {"error"}. JSON, so that nothing that a
-model wrote is ever executed; what the judge itself prints goes to standard error.
+Reads lines of {"completion", "answer", "last_resort_s"}, writes lines of {"right", "vote"} or {"error"}. JSON, so that
+nothing that a model wrote is ever executed. The judge, and whatever it starts, have no part in it: they read nothing
+from standard input, and what they print goes to standard error. The one who asks kills a judge that hangs; should that
+one be dead itself, the kernel ends this process after `last_resort_s`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +19,9 @@ from stableopd.judges import get_judge, voter_of
 
 
 def main() -> None:
+    questions = os.fdopen(os.dup(0), encoding="utf-8")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     name = sys.argv[1]
     try:
@@ -25,8 +30,12 @@ def main() -> None:
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=replies)
         return
     print(json.dumps({"ready": True}), file=replies)
-    for line in sys.stdin:
-        print(json.dumps(_judged(judge, vote, json.loads(line))), file=replies)
+    for line in questions:
+        asked = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, asked["last_resort_s"])
+        verdict = _judged(judge, vote, asked)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(verdict), file=replies)
 
 
 def _judged(judge: Callable[[str, str], object], vote: Callable[[str], str | None], asked: dict[str, Any]) -> Any:

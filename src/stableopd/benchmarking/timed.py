@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -114,7 +116,8 @@ class _Worker:
     def ask(self, completion: str, answer: str, timeout_s: float) -> Judged:
         process = self.start()
         assert process.stdin is not None
-        line = json.dumps({"completion": completion, "answer": answer}) + "\n"
+        asked = {"completion": completion, "answer": answer, "last_resort_s": 2 * timeout_s + 10}
+        line = json.dumps(asked) + "\n"
         try:
             process.stdin.write(line.encode())
             process.stdin.flush()
@@ -142,7 +145,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,
-            start_new_session=True,  # Ctrl-C is for the one who asks
+            start_new_session=True,  # Ctrl-C is for the one who asks; and what a judge starts dies with it
         )
         self._process, self._rest = process, b""
         reply = self._read(process, _START_S)
@@ -175,7 +178,8 @@ class _Worker:
         process, self._process = self._process, None
         if process is None:
             return
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
