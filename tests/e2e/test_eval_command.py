@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,51 @@ def test_other_weights_are_another_model(settings, checkpoints, tmp_path, monkey
     assert sum(asked) == 12
 
 
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [("generation_config.json", {"eos_token_id": [3, 4]}), ("config.json", {"rms_norm_eps": 0.5})],
+)
+def test_what_lies_beside_the_weights_makes_another_model(settings, tmp_path, monkeypatch, file, changes):
+    copy = tmp_path / "model"
+    shutil.copytree(settings.model, copy)
+    mine = with_(settings, model=str(copy))
+    first = evaluate_model(mine, tmp_path / "evals")
+    asked = generations(monkeypatch)
+    (copy / "README.md").write_text("more about it")
+    evaluate_model(mine, tmp_path / "evals")
+    assert asked == []
+    path = copy / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    other = evaluate_model(mine, tmp_path / "evals")
+    assert sum(asked) == 12
+    assert other.weights_digest == first.weights_digest
+    assert [prompt.lengths for prompt in other.prompts] != [prompt.lengths for prompt in first.prompts]
+
+
+def test_adapters_answer_as_the_model_they_were_merged_into(settings, checkpoints, tmp_path, tokenizer):
+    peft = pytest.importorskip("peft")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(checkpoints / "student")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(adapted.named_parameters()):
+            if "lora_B" in name:
+                parameter.normal_(0, 2.0, generator=torch.Generator().manual_seed(number))
+    adapted.save_pretrained(tmp_path / "adapters")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for folder in ("adapters", "merged"):
+        tokenizer.save_pretrained(str(tmp_path / folder))
+    results = {
+        folder: evaluate_model(with_(settings, model=str(folder)), tmp_path / "evals")
+        for folder in (tmp_path / "adapters", tmp_path / "merged", checkpoints / "student")
+    }
+    adapters, merged, without = (result.prompts for result in results.values())
+    assert adapters == merged
+    assert adapters != without
+
+
 def test_an_evaluation_that_was_cut_off_goes_on_to_the_same_answers(settings, tmp_path, monkeypatch):
     small = with_(settings, batch_size=2)
     whole = evaluate_model(small, tmp_path / "whole")
@@ -122,7 +168,8 @@ def test_an_evaluation_that_was_cut_off_goes_on_to_the_same_answers(settings, tm
         evaluate_model(small, tmp_path / "cut")
     (path,) = (tmp_path / "cut").rglob("completions.jsonl")
     assert 0 < len(path.read_text().splitlines()) < 48
-    path.write_text(path.read_text()[:-7])  # a torn line
+    first, *rest = path.read_text()[:-7].split("\n")  # the last line is torn
+    path.write_text("\n".join(["{" + first, "[1]", *rest]))  # and the first is damaged
     assert evaluate_model(small, tmp_path / "cut").prompts == whole.prompts
 
 
@@ -136,13 +183,10 @@ def test_greedy_answers_do_not_depend_on_the_seed(settings, tmp_path, monkeypatc
 
 
 def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path, checkpoints):
-    for step in (9, 10):
+    for step in (9, 1_000_000, 10):
         (tmp_path / "run" / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
-    for step in (9, 10):
-        folder = tmp_path / "run" / "checkpoints" / f"step-{step:06d}"
-        (folder / "state.json").write_text("{}")
-    resolved = resolve_model(str(tmp_path / "run"))
-    assert resolved.endswith("step-000010") or not resolved.endswith("step-000009")
+    (tmp_path / "run" / "checkpoints" / ".new-step-2000000").mkdir()  # half written
+    assert resolve_model(str(tmp_path / "run")) == str(tmp_path / "run" / "checkpoints" / "step-1000000")
     assert resolve_model(str(checkpoints / "student")) == str(checkpoints / "student")
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ModelError, match="without checkpoints"):
@@ -204,6 +248,7 @@ def test_killed_in_the_middle_the_command_goes_on(checkpoints, dataset, tmp_path
         (["{model}", "--benchmark", "{data}", "--dtype", "int3"], "--dtype"),
         (["{model}", "--benchmark", "{data}", "--answer-column", "nope"], "--answer-column"),
         (["{model}", "--benchmark", "{data}", "--device", "nowhere"], "--device"),
+        (["{model}", "--benchmark", "{data}", "--chat-template-kwargs", "[1]"], "JSON object"),
     ],
 )
 def test_bad_input_is_one_message_and_leaves_nothing(checkpoints, dataset, tmp_path, arguments, words):

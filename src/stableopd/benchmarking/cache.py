@@ -24,7 +24,7 @@ class Answer:
 
 
 class AnswerStore:
-    """The answers in one folder. A kill at any instant tears no line but the last, which is generated again."""
+    """The answers in one folder. A kill at any instant tears the last line alone; what cannot be read is made again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._path = folder, folder / "completions.jsonl"
@@ -49,8 +49,15 @@ class AnswerStore:
         whole, newline, torn = text.rpartition("\n")
         if torn:
             write_atomically(self._path, whole + newline)
-        found = [Answer(**json.loads(line)) for line in whole.split("\n") if line]
-        return {(answer.prompt, answer.sample): answer for answer in found}
+        found = [_answer(line) for line in whole.split("\n") if line]
+        return {(answer.prompt, answer.sample): answer for answer in found if answer is not None}
+
+
+def _answer(line: str) -> Answer | None:
+    try:
+        return Answer(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
 
 
 def key_of(parts: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +65,7 @@ def evaluate_model(
         examples = _examples(benchmark, settings, model, tokenizer)
         settings = replace(settings, max_completion_length=_longest_answer(settings, model, examples))
         weights = digest_of_weights(model)
-        store = AnswerStore(out / _folder_name(settings, benchmark, weights, examples))
+        store = AnswerStore(out / _folder_name(settings, benchmark, weights, examples, model, tokenizer))
         began = time.perf_counter()
         generated = _generate(model, tokenizer, settings, examples, store, progress)
         seconds = time.perf_counter() - began if generated else 0.0
@@ -147,9 +148,19 @@ def _longest_answer(settings: EvalSettings, model: nn.Module, examples: Sequence
     return DEFAULT_LONGEST if context is None else min(DEFAULT_LONGEST, context - longest)
 
 
-def _folder_name(settings: EvalSettings, benchmark: Benchmark, weights: str, examples: Sequence[Example]) -> str:
+def _folder_name(
+    settings: EvalSettings,
+    benchmark: Benchmark,
+    weights: str,
+    examples: Sequence[Example],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
     """MODEL-WEIGHTS/BENCHMARK-KEY: readable, and another one wherever an answer could be another."""
     sampling = {
+        "model": _beside_the_weights(model),
+        "ends": sorted(_ends(model, tokenizer)),
+        "vocabulary": key_of(tokenizer.get_vocab()),
         "prompts": key_of({"ids": [example.prompt_ids for example in examples]}),
         "temperature": settings.temperature,
         "top_p": settings.top_p,
@@ -162,6 +173,17 @@ def _folder_name(settings: EvalSettings, benchmark: Benchmark, weights: str, exa
     return f"{name}-{weights[:8]}/{re.sub(r'[^A-Za-z0-9_.-]+', '_', benchmark.name)}-{key_of(sampling)}"
 
 
+def _beside_the_weights(model: nn.Module) -> str:
+    """What a configuration says of the arithmetic (positions, scales, windows), whoever wrote it."""
+    told: dict[str, Any] = model.config.to_dict()  # type: ignore[union-attr, operator]
+    unrelated = {"_name_or_path", "transformers_version", "architectures", "use_cache"}
+    return key_of({key: repr(value) for key, value in told.items() if key not in unrelated})
+
+
+def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    return end_token_ids(tokenizer, getattr(model, "generation_config", None))
+
+
 def _generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -172,7 +194,7 @@ def _generate(
 ) -> bool:
     """Fill the store; whether there was anything to generate."""
     missing = store.missing(len(examples), settings.num_samples)
-    ends = end_token_ids(tokenizer, getattr(model, "generation_config", None))
+    ends = _ends(model, tokenizer)
     engine = HFEngine(
         model=model,
         end_token_ids=ends,

@@ -49,6 +49,9 @@ def evaluate_command(
     prompt_column: Annotated[str | None, typer.Option(help="Column of the question.")] = None,
     answer_column: Annotated[str | None, typer.Option(help="Column of the answer.")] = None,
     chat: Annotated[bool, typer.Option(help="Put questions into the chat template, where there is one.")] = True,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(metavar="JSON", help="For the chat template, as '{\"enable_thinking\": false}'.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Another set of answers.")] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -74,6 +77,7 @@ def evaluate_command(
         raise ConfigError(f"--dtype is {dtype!r}; it must be auto, float32, bfloat16 or float16")
     if top_p == 0.0:
         raise ConfigError("--top-p is 0, which leaves nothing to sample from; give more than 0, or --temperature 0")
+    template_kwargs = _mapping(chat_template_kwargs)
     planned = []
     for name in benchmark:  # all of them are looked at before the first answer
         loaded = load_benchmark(
@@ -93,6 +97,7 @@ def evaluate_command(
             judge_timeout_s=judge_timeout,
             dtype=dtype,  # type: ignore[arg-type]
             chat=chat,
+            chat_template_kwargs=template_kwargs,
             template=loaded.template,
             num_problems=num_prompts,
             question_column=prompt_column,
@@ -121,6 +126,20 @@ def evaluate_command(
         typer.echo(to_json(results))
     else:
         print_results(Console(), results)
+
+
+def _mapping(given: str | None) -> dict[str, Any]:
+    import json
+
+    from stableopd.errors import ConfigError
+
+    try:
+        found = json.loads(given or "{}")
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--chat-template-kwargs is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"--chat-template-kwargs is {given}; it must be a JSON object")
+    return found
 
 
 class _Bar:
