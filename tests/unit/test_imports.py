@@ -98,7 +98,7 @@ LAYERS = (
     }
     | {"report.settings", "report.text", "report.timeline"},
     {"benchmarking.running", "benchmarking.view"},
-    {"teaching", "engines"},
+    {"teaching", "engines", "heldout"},
     {"doctor.sides", "doctor.budget", "doctor.data", "doctor.judging", "doctor.templates", "doctor.tokens"},
     {"doctor.checkup"},
     {"doctor.hardware", "doctor.shapes", "doctor.plan", "doctor.memory", "doctor.timing", "doctor.sample"},

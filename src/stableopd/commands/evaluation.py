@@ -93,7 +93,6 @@ def evaluate_command(
             judge_timeout_s=judge_timeout,
             dtype=dtype,  # type: ignore[arg-type]
             chat=chat,
-            template=loaded.template,
             num_problems=num_prompts,
             question_column=prompt_column,
             answer_column=answer_column,
