@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from stableopd.commands.data import app as data_app
 from stableopd.errors import ConfigError, StableOPDError
 
 app = typer.Typer(
@@ -29,6 +30,8 @@ app = typer.Typer(
     "Start with [bold]stableopd demo[/]: it trains a small world on this machine, in which plain OPD collapses "
     "and StableOPD does not.",
 )
+
+app.add_typer(data_app, name="data")
 
 BAD_INPUT = 2
 STOPPED = 3

@@ -43,7 +43,7 @@ class RunRecorder:
             (path / "checkpoints").mkdir(exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"{path} cannot be made: {error.strerror or error}") from error
-        self._lock = _lock_folder(path)
+        self._lock = lock_folder(path)
 
     def start(self, config_yaml: str, after_step: int | None) -> None:
         """Write configuration and environment; keep only records up to `after_step` (None: keep nothing)."""
@@ -134,7 +134,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _lock_folder(path: Path) -> IO[str]:
+def lock_folder(path: Path) -> IO[str]:
+    """A lock on the folder, held until it is closed. Raises: RunFolderError when another process holds it."""
     lock = (path / ".lock").open("w")
     if fcntl is None:
         return lock

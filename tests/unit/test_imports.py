@@ -85,6 +85,11 @@ LAYERS = (
     }
     | {"report.settings", "report.text", "report.timeline"},
     {"teaching", "engines"},
+    {"curation", "curation.splitting", "curation.cards", "curation.overlap"},
+    {"curation.journal", "curation.sources", "curation.screening"},
+    {"curation.sampling", "curation.openr1", "curation.parts", "curation.gold_file", "curation.gold"},
+    {"curation.decontaminate"},
+    {"commands", "commands.data"},
     {"doctor.sides", "doctor.budget", "doctor.data", "doctor.judging", "doctor.templates", "doctor.tokens"},
     {"doctor.checkup"},
     {"doctor.hardware", "doctor.shapes", "doctor.plan", "doctor.memory", "doctor.timing", "doctor.sample"},
