@@ -197,25 +197,32 @@ def decontaminate(
     ],
     ngram: Annotated[int, typer.Option(min=1, help="So many words in a row in common are too many.")] = 13,
     min_ngram: Annotated[
-        int, typer.Option(min=1, help="Shorter prompts match as a whole inside another, down to so many words.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Shorter prompts match as a whole inside another, down to so many words; default: 8, or --ngram.",
+        ),
+    ] = None,
     prompt_column: Annotated[
         str | None, typer.Option(help="Column of FILE; default: problem where there is one, else prompt.")
     ] = None,
 ) -> None:
     """Remove prompts that share a stretch of words with a benchmark's prompt."""
-    from stableopd.benchmarking.loading import benchmark_prompts
     from stableopd.console import spinner
     from stableopd.curation.decontaminate import decontaminate as run
-    from stableopd.curation.overlap import OverlapIndex
+    from stableopd.curation.overlap import MIN_NGRAM, OverlapIndex
     from stableopd.errors import ConfigError
 
-    if min_ngram > ngram:
+    if min_ngram is not None and min_ngram > ngram:
         raise ConfigError(f"--min-ngram is {min_ngram}, more than --ngram {ngram}. Lower it")
+    from stableopd.benchmarking.loading import benchmark_prompts
+
     console = Console(soft_wrap=True)
     with spinner(console, "reading benchmarks"):
         benchmarks = {name: benchmark_prompts(name) for name in dict.fromkeys(against)}
-        index = OverlapIndex(benchmarks, ngram=ngram, min_ngram=min_ngram)
+        index = OverlapIndex(
+            benchmarks, ngram=ngram, min_ngram=min(MIN_NGRAM, ngram) if min_ngram is None else min_ngram
+        )
     numbers = {name: len(prompts) for name, prompts in benchmarks.items()}
     with _bar(None, "rows") as on_rows:
         card = run(file, output, index, benchmarks=numbers, column=prompt_column, on_rows=on_rows)

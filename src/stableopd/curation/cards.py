@@ -33,10 +33,17 @@ class Card:
     notes: Sequence[str] = ()
 
 
-def write_card(card: Card, json_path: Path, markdown_path: Path) -> None:
-    """The card for people, then the one for programs: where the second is, all is there."""
+def write_card(card: Card, json_path: Path, markdown_path: Path) -> dict[str, Any]:
+    """Writes the card for people, then the one for programs: where the second is, all is there. Returns the second."""
     write_atomically(markdown_path, markdown(card))
-    write_atomically(json_path, json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n"
+    write_atomically(json_path, text)
+    return read_card(json_path)
+
+
+def read_card(json_path: Path) -> dict[str, Any]:
+    card: dict[str, Any] = json.loads(json_path.read_text(encoding="utf-8"))
+    return card
 
 
 def markdown(card: Card) -> str:

@@ -86,8 +86,7 @@ def decontaminate(
         lengths={},
         outputs=figures,
     )
-    write_card(card, outputs.card, outputs.markdown)
-    return asdict(card)
+    return write_card(card, outputs.card, outputs.markdown)
 
 
 def _check_suffixes(path: Path, out: Path) -> None:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stableopd.curation.cards import Card, quantiles, write_card
+from stableopd.curation.cards import Card, quantiles, read_card, write_card
 from stableopd.curation.journal import Journal, check_same_settings
 from stableopd.curation.parts import written
 from stableopd.curation.sampling import Sample, golden, samples_of
@@ -78,7 +78,7 @@ class GoldFile:
             if not self.path.parent.is_dir():
                 raise RunFolderError(f"the folder {self.path.parent} does not exist. Make it, or choose another --out")
             return None
-        card: dict[str, Any] = json.loads(self.card_path.read_text(encoding="utf-8"))
+        card = read_card(self.card_path)
         stored = {**card["settings"], **{key: card["source"].get(key) for key in self.identity}}
         check_same_settings(self.path, stored, self._must_match)
         if self._work.is_dir():  # killed between the card and the end
@@ -96,9 +96,7 @@ class GoldFile:
                 if position in gold:
                     file.write(self._line(row, gold[position]))
             outputs = {self.path.name: file.figures()}
-        write_card(self._card(journal, gold, outputs), self.card_path, self.path.with_suffix(".card.md"))
-        card: dict[str, Any] = json.loads(self.card_path.read_text(encoding="utf-8"))
-        return card
+        return write_card(self._card(journal, gold, outputs), self.card_path, self.path.with_suffix(".card.md"))
 
     def _line(self, row: Row, sample: Sample) -> str:
         gold = self.settings["gold_prefix"] + sample.text

@@ -95,6 +95,10 @@ class Tally:
             rows=Counter(state.get("rows", {})), generations=Counter(state.get("generations", {})), lengths=lengths
         )
 
+    def to_json(self) -> dict[str, Any]:
+        lengths = {name: dict(counts) for name, counts in self.lengths.items()}
+        return {"rows": dict(self.rows), "generations": dict(self.generations), "lengths": lengths}
+
     def measure(self, name: str, length: int) -> None:
         self.lengths.setdefault(name, Counter())[length] += 1
 
@@ -125,9 +129,9 @@ def select(
         for number, batch in enumerate(batched(rows, _ROWS_AT_A_TIME), start=1):
             _take(batch, tokenizer, recipe, judge, tally, seen, journal)
             if number % _BATCHES_PER_COMMIT == 0:
-                journal.commit(asdict(tally))
+                journal.commit(tally.to_json())
             on_rows(tally.rows["read"])
-        journal.commit({**asdict(tally), "selected": True})
+        journal.commit({**tally.to_json(), "selected": True})
     return tally
 
 
@@ -185,14 +189,22 @@ def _take(
 
 
 def _token_counts(generations: Sequence[Generation], tokenizer: PreTrainedTokenizerBase) -> Iterator[int | None]:
-    """Tokens of each generation, no special tokens added; None where that does not matter any more."""
-    finished = [one.text for one in generations if is_unfinished(one) is None]
-    encoded = iter(
-        tokenizer(finished, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        if finished
-        else ()
+    """Tokens of each generation, no special tokens added; None where that does not matter or the tokenizer fails."""
+    finished = [is_unfinished(one) is None for one in generations]
+    counts = iter(
+        _counted([one.text for one, is_done in zip(generations, finished, strict=True) if is_done], tokenizer)
     )
-    return iter([len(next(encoded)) if is_unfinished(one) is None else None for one in generations])
+    return iter([next(counts) if is_done else None for is_done in finished])
+
+
+def _counted(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
+    if not texts:
+        return []
+    try:
+        batch = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    except Exception:  # tokenizers raises nothing more specific for a text it cannot encode
+        return [None] if len(texts) == 1 else [count for text in texts for count in _counted([text], tokenizer)]
+    return [len(ids) for ids in batch["input_ids"]]
 
 
 def _gold(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stableopd.curation.cards import write_card
+from stableopd.curation.cards import read_card, write_card
 from stableopd.curation.journal import Journal, check_same_settings
 from stableopd.curation.openr1 import KEPT, Recipe, Tally, card_of, select, tokenizer_digest
 from stableopd.curation.sources import Source
@@ -98,16 +98,11 @@ def make_parts(
         if not tally.rows["kept"]:
             raise DataError(_nothing_kept(tally))
         outputs, lengths = _split(journal, recipe, out)
-        card = card_of(tally, recipe, {**names, **identity}, outputs, lengths)
-        write_card(card, out / CARD, out / README)
+        made = card_of(tally, recipe, {**names, **identity}, outputs, lengths)
+        card = write_card(made, out / CARD, out / README)
     finally:
         journal.close()
     journal.remove()
-    return read_card(out)
-
-
-def read_card(out: Path) -> dict[str, Any]:
-    card: dict[str, Any] = json.loads((out / CARD).read_text(encoding="utf-8"))
     return card
 
 
@@ -115,7 +110,7 @@ def _finished(out: Path, recipe: Recipe, identity: Mapping[str, Any]) -> dict[st
     """The card of a folder that is complete. A kill may have left its work folder behind."""
     if not (out / CARD).exists():
         return None
-    card = read_card(out)
+    card = read_card(out / CARD)
     stored = {**card["settings"], **{key: card["source"].get(key) for key in identity}}
     check_same_settings(out, stored, json.loads(json.dumps({**recipe.to_json(), **identity})))
     if (out / WORK).exists():

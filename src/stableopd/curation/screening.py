@@ -100,13 +100,14 @@ def drop_reason(
     """Why a generation cannot be the golden solution, as one of `DROP_REASONS`; None: it can.
 
     Args:
-        num_tokens: its length; None only where `is_unfinished` has a reason already.
+        num_tokens: its length; None where `is_unfinished` has a reason already, or the tokenizer cannot encode it.
         judge: compares with `answer`; None: what the data set says counts.
     """
     unfinished = is_unfinished(generation)
     if unfinished is not None:
         return unfinished
-    assert num_tokens is not None
+    if num_tokens is None:
+        return "not_text"
     if num_tokens > screening.max_gold_tokens:
         return "too_long"
     if is_repetitive(generation.text, screening.tail_chars, screening.compression_threshold):
