@@ -16,7 +16,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+<<<<<<< HEAD
 from stableopd.commands.data import app as data_app
+=======
+from stableopd.commands import study as study_command
+>>>>>>> main
 from stableopd.errors import ConfigError, StableOPDError
 
 app = typer.Typer(
@@ -275,6 +279,9 @@ def watch(
     if once:
         sys.exit(show_once(run, console))
     follow(run, console, interval_s=interval)
+
+
+app.command(name="study", epilog=study_command.EPILOG)(study_command.study)
 
 
 def _version(wanted: bool) -> None:

@@ -8,7 +8,7 @@ at the top level and put where they belong.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -219,7 +219,7 @@ class StableOPDConfig(Section):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError.of(_explain(error)) from None
+            raise ConfigError.of(explain(error, [*_dotted_keys(StableOPDConfig), *FLAT_NAMES])) from None
 
     @model_validator(mode="before")
     @classmethod
@@ -364,13 +364,13 @@ def _dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def _explain(error: ValidationError) -> list[tuple[str, str]]:
-    """(dotted key, what is wrong with it and what to do) for every problem."""
+def explain(error: ValidationError, known: Collection[str]) -> list[tuple[str, str]]:
+    """(dotted key, what is wrong with it and what to do) for every problem; `known` keys are those to have meant."""
     problems = []
     for problem in error.errors():
         dotted = ".".join(str(part) for part in problem["loc"])
         unknown = problem["type"] == "extra_forbidden"
-        problems.append((dotted, _unknown_key(dotted) if unknown else _wrong_value(dotted, problem)))
+        problems.append((dotted, _unknown_key(dotted, known) if unknown else _wrong_value(dotted, problem)))
     return problems
 
 
@@ -381,12 +381,11 @@ def holds_secrets(dotted: str) -> bool:
     return whole_teacher or dotted in _HOLD_SECRETS or leaf in ("server_url", "api_key_env")
 
 
-def _unknown_key(dotted: str) -> str:
+def _unknown_key(dotted: str, known: Collection[str]) -> str:
     leaf = dotted.rsplit(".", 1)[-1]
     if leaf in HINTS:
         return f"unknown key {dotted!r}: {HINTS[leaf]}"
-    known = list(_dotted_keys(StableOPDConfig))
-    return f"unknown key {dotted!r}{nearest(dotted, [*known, *FLAT_NAMES])}"
+    return f"unknown key {dotted!r}{nearest(dotted, known)}"
 
 
 def _wrong_value(dotted: str, problem: Any) -> str:

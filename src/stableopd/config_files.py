@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from stableopd.config import FLAT_NAMES, ControllerConfig, StableOPDConfig, holds_secrets, set_path
 from stableopd.errors import ConfigError
+
+Kind = TypeVar("Kind")
 
 _MAY_CHANGE_ON_RESUME = {"max_steps", "checkpoint", "logging", "output_dir", "num_processes", "doctor"}
 _MAY_CHANGE_ON_RESUME |= {"optimizer.micro_batch_tokens"}  # changes rounding only
@@ -24,25 +26,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StableOPDCon
     Raises: ConfigError for a missing file, broken YAML, a duplicate or unknown key, a wrong type or an
     impossible value; the message has the line of the file where there is one.
     """
-    raw, lines = _read_yaml(Path(path))
-    return _laid_over(raw, lines, overrides, path)
+    raw, lines = read_yaml(Path(path))
+    return laid_over(StableOPDConfig, raw, lines, overrides, path)
 
 
 def config_of(overrides: Sequence[str]) -> StableOPDConfig:
     """The configuration of `dotted.key=value` settings alone. Raises: ConfigError as `load_config`."""
-    return _laid_over({}, {}, overrides, "command line")
+    return laid_over(StableOPDConfig, {}, {}, overrides, "command line")
 
 
-def _laid_over(
-    raw: dict[str, Any], lines: Mapping[str, int], overrides: Sequence[str], path: str | Path
-) -> StableOPDConfig:
+def laid_over(
+    kind: type[Kind], raw: dict[str, Any], lines: Mapping[str, int], overrides: Sequence[str], path: str | Path
+) -> Kind:
+    """The settings `raw` of a file, with overrides laid over them, as a `kind` of configuration.
+
+    Args: `lines` has the line of each dotted key. Raises: ConfigError as `load_config`.
+    """
     given: dict[str, str] = {}
     for override in overrides:
         dotted = _apply_override(raw, override)
         given[dotted] = override
         lines = {key: line for key, line in lines.items() if FLAT_NAMES.get(key, key) != dotted}
     try:
-        return StableOPDConfig(**raw)
+        return kind(**raw)
     except ConfigError as error:
         raise ConfigError("\n".join(_placed(error, path, lines, given))) from None
 
@@ -54,7 +60,7 @@ def check_resumable(path: Path, config: StableOPDConfig) -> None:
     """
     if not path.exists():
         return
-    stored = flatten(_read_yaml(path)[0])
+    stored = flatten(read_yaml(path)[0])
     now = flatten(yaml.safe_load(dump_config(config)))
     fixed = () if config.optimizer.schedule == "constant" else ("max_steps",)
     changed = [
@@ -87,7 +93,8 @@ def dump_config(config: StableOPDConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The mapping in a YAML file, and the line of each of its dotted keys. Raises: ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -18,7 +18,7 @@ from stableopd.doctor.sides import Side, spread
 from stableopd.errors import ModelError
 from stableopd.toy.models import build_model
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 
 
 def family_side(name: str, **tokenizer: object) -> Side:

@@ -202,7 +202,31 @@ def test_parameters_of_public_shapes(shape, parameters):
     assert ModelShape(shape).num_parameters == parameters
 
 
-@pytest.mark.parametrize("name", ["opd-qwen2.5-math-1.5b.yaml", "stableopd-qwen2.5-math-1.5b.yaml"])
+ON_1_5B = ("qwen2.5-math-1.5b-openthinker3-7b.yaml", "qwen2.5-math-1.5b-r1-distill-7b.yaml", "baselines/opd.yaml")
+
+
+def shapes_of(config: StableOPDConfig):
+    """Configurations of the models that a recipe names."""
+    sizes = {"0.6B": STUDENT_0_6B, "1.5B": STUDENT_1_5B, "4B": TEACHER_4B, "7B": TEACHER_7B}
+    names = [config.student.model_name_or_path, config.teacher.model_name_or_path]
+    return [next((shape for size, shape in sizes.items() if size in (name or "")), None) for name in names]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_fits_the_hardware_of_the_paper(path):
+    config = StableOPDConfig(**yaml.safe_load(path.read_text()))
+    found = estimate(config, *shapes_of(config), "h200x4")
+    assert estimate_findings(found) == []
+    assert found.seconds.total > 0
+
+
+def test_whole_weights_of_7b_do_not_fit_it_which_is_why_that_recipe_trains_adapters():
+    config = recipe("qwen2.5-math-7b-openthinker3-7b.yaml")
+    whole = config.model_copy(update={"student": config.student.model_copy(update={"lora": None})})
+    assert [finding.danger for finding in estimate_findings(estimate(whole, *shapes_of(whole), "h200x4"))] == ["fatal"]
+
+
+@pytest.mark.parametrize("name", ON_1_5B)
 def test_full_fine_tuning_recipes_fit_four_large_devices_and_not_a_small_one(name):
     config = recipe(name)
     large = estimate(config, STUDENT_1_5B, TEACHER_7B, "h100x4")
@@ -261,7 +285,7 @@ def test_a_vllm_engine_in_the_process_takes_its_share_and_a_server_takes_none():
 
 
 def test_a_run_that_nearly_fills_a_device_is_a_problem():
-    config = recipe("opd-qwen2.5-math-1.5b.yaml")
+    config = recipe("baselines/opd.yaml")
     needed = estimate(config, STUDENT_1_5B, TEACHER_7B, "h100x4").memory.total
     almost = Hardware(name="made up", num_devices=4, memory_bytes=int(needed / 0.95) + GIB)
     found = estimate(config, STUDENT_1_5B, TEACHER_7B, almost)

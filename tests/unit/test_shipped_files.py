@@ -14,16 +14,26 @@ from stableopd.config_files import load_config
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses_and_names_its_models_and_data(path):
     config = load_config(path)
     assert config.student.model_name_or_path
-    assert config.teacher.model_name_or_path
+    assert config.teacher.is_set == config.objective.needs_teacher
     assert config.data.path
 
 
-def test_there_are_recipes():
-    assert len(list((ROOT / "recipes").glob("*.yaml"))) >= 3
+def test_there_are_recipes_for_the_pairs_of_the_paper_and_for_every_baseline():
+    assert len([path for path in RECIPES if path.parent.name == "recipes"]) >= 4
+    terms = {path.stem: load_config(path).objective for path in RECIPES if path.parent.name == "baselines"}
+    assert {name for name, term in terms.items() if term.needs_gold} == {"sft", "opd-mixture"}
+    assert {name for name, term in terms.items() if term.needs_reference} == {"opd-kl"}
+    assert {name for name, term in terms.items() if term.needs_rewards} == {"grpo"}
+    assert {name for name, term in terms.items() if term.needs_teacher} == {
+        "opd", "opd-kl", "opd-mixture", "local-support-matching",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/watching.md"])

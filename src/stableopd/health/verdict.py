@@ -96,6 +96,15 @@ def judge_run(rows: Iterable[Mapping[str, Any]]) -> Verdict:
     return _sum_up(findings)
 
 
+def collapse_step(rows: Iterable[Mapping[str, Any]], name: str) -> int | None:
+    """First step at which a run had collapsed on the held-out set `name`, whether or not it recovered; None if never.
+
+    Collapsed: accuracy more than 0.15 below its running best while greedy truncation (sampled where nothing is decoded
+    greedily) is above 0.5.
+    """
+    return next((point.step for point in _points(_by_step(rows), name) if point.collapsed), None)
+
+
 def _sum_up(findings: list[_Finding]) -> Verdict:
     order: tuple[Status, ...] = ("healthy", "warning", "collapsed")
     status = max((finding.status for finding in findings), key=order.index)

@@ -76,7 +76,7 @@ def write_report(run_paths: Sequence[str | Path], output: str | Path) -> Path:
 def render_report(runs: Sequence[RunRecord]) -> str:
     """The HTML of the report."""
     top, below, health = first_screen(runs), sections(runs), _health(runs)
-    page = _environment().get_template("report.html.j2")
+    page = page_environment().get_template("report.html.j2")
     return page.render(
         headline=headline(runs),
         answers=answers(runs),
@@ -93,7 +93,8 @@ def render_report(runs: Sequence[RunRecord]) -> str:
     )
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """The templates of pages, in which everything is escaped and shown in printable characters."""
     environment = Environment(
         loader=PackageLoader("stableopd"),
         autoescape=True,

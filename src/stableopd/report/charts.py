@@ -99,7 +99,7 @@ def colours(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
         if group not in chosen:
             chosen[group] = next(free)
     places = [chosen[group] for group in groups]
-    return [PALETTE[place] if place < len(PALETTE) else _further_colour(place) for place in places]
+    return [PALETTE[place] if place < len(PALETTE) else further_colour(place) for place in places]
 
 
 def colour_groups(runs: Sequence[RunRecord]) -> list[str]:
@@ -108,7 +108,7 @@ def colour_groups(runs: Sequence[RunRecord]) -> list[str]:
     return names if len(runs) <= MAX_OWN_COLOURS else [method(run.config) for run in runs]
 
 
-def _further_colour(place: int) -> tuple[str, str]:
+def further_colour(place: int) -> tuple[str, str]:
     """Hues a golden angle apart, so that neighbours differ."""
     hue = place * 0.381966 % 1.0
     shades = (hls_to_rgb(hue, lightness, 0.6) for lightness in (0.36, 0.7))

@@ -1,0 +1,171 @@
+"""What a study compares: methods, pairs, seeds and a grid of settings, in one YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from stableopd.config import FLAT_NAMES, explain
+from stableopd.config_files import laid_over, read_yaml
+from stableopd.errors import ConfigError
+from stableopd.names import nearest
+from stableopd.sections import NonNegativeInt, Positive, PositiveInt, Section
+from stableopd.study.worlds import ToyWorld
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
+"""Names become folders."""
+OWN = ("methods", "grid", "grid_methods", "compare_with", "output_dir")
+"""What a study does not inherit from the one that it extends."""
+RESERVED = ("grid", "start")
+"""Keys of a method that are the study's, not a run's."""
+
+
+class FinalConfig(Section):
+    """What every finished run answers: the same prompts for all, so that differences can be paired."""
+
+    benchmarks: tuple[str, ...] = ()
+    """Registry names, or files of prompts with answers; without them, the run's `evaluation.path`."""
+    num_prompts: PositiveInt | None = None
+    num_samples: PositiveInt | None = None
+    """Answers to each prompt; without it, what the benchmark is usually given."""
+    temperature: Positive = 0.6
+    greedy: bool = True
+    """Also answer each prompt once greedily: loops show there first."""
+    max_completion_length: PositiveInt | None = None
+    judge: str | None = None
+    """Without it, the run's `evaluation.judge`."""
+    seed: NonNegativeInt = 0
+
+
+class StudyConfig(Section):
+    """Methods x pairs x seeds (x a grid of any keys), each an ordinary run."""
+
+    base: dict[str, Any] = Field(default_factory=dict)
+    """Settings that all runs share, as in the configuration of a run."""
+    methods: dict[Name, dict[str, Any]] = Field(min_length=1)
+    """Per method what is laid over `base`. `grid`: a grid of its own; `start: student`: not from the cold start."""
+    pairs: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+    """Students and teachers (or anything else that all methods meet), laid over `base` before the method."""
+    world: ToyWorld | None = None
+    """Models and data made on the spot, in place of `pairs`."""
+    cold_start: dict[str, Any] | None = None
+    """Settings of a run, laid over `base`, that is made once per pair and seed; its student is every method's."""
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
+    """Dotted keys, each with its values; crosses `grid_methods`."""
+    grid_methods: tuple[str, ...] = ()
+    """Methods that the grid crosses; all of them without it."""
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
+    compare_with: str | None = None
+    """Method that the others are compared with, prompt by prompt; the first one without it."""
+    final: FinalConfig | None = FinalConfig()
+    """null: judge by the evaluations during the runs alone."""
+    late_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Share of a run, at its end, whose evaluations make its late accuracy."""
+    confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+    parallel: PositiveInt = 1
+    """Runs at a time."""
+    threads: PositiveInt | None = None
+    """CPU threads of each run."""
+    launch: tuple[str, ...] = ()
+    """What starts a run in place of `python -m stableopd`: torchrun --nproc_per_node 4 -m stableopd."""
+    output_dir: str
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError.of(explain(error, list(type(self).model_fields))) from None
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        if self.world and self.pairs:
+            raise ValueError("world and pairs are both given; a world makes its own pairs")
+        for setting, names in (("grid_methods", self.grid_methods), ("compare_with", (self.compare_with,))):
+            for name in names:
+                if name is not None and name not in self.methods:
+                    raise ValueError(
+                        f"{setting} says {name!r}, which is none of the methods{nearest(name, self.methods)}"
+                    )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds holds a seed twice: {', '.join(map(str, self.seeds))}")
+        for name, method in self.methods.items():
+            if method.get("start", "cold_start") not in ("cold_start", "student"):
+                raise ValueError(f"methods.{name}.start is {method['start']!r}; it must be cold_start or student")
+            grid = method.get("grid", {})
+            if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+                raise ValueError(f"methods.{name}.grid maps keys to lists of values")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir)
+
+    @property
+    def reference_method(self) -> str:
+        return self.compare_with or next(iter(self.methods))
+
+    def grid_of(self, method: str) -> Mapping[str, list[Any]]:
+        """The grid that a method is run on; empty: once."""
+        own = self.methods[method].get("grid", {})
+        shared = self.grid if not self.grid_methods or method in self.grid_methods else {}
+        return {**shared, **own}
+
+    def pair_names(self) -> list[str]:
+        return list(self.world.teachers if self.world else self.pairs) or ["pair"]
+
+
+def load_study(path: str | Path, overrides: tuple[str, ...] = ()) -> StudyConfig:
+    """The study in a YAML file, with `dotted.key=value` overrides laid over it.
+
+    `extends: other.yaml` takes all sections of another study but methods, grid and output_dir; `base` is laid over its.
+
+    Raises: ConfigError with the line for broken YAML, an unknown key, a wrong type or an impossible value.
+    """
+    raw, lines = _with_parents(Path(path), ())
+    raw.setdefault("output_dir", str(Path("studies") / Path(path).stem))
+    return laid_over(StudyConfig, raw, lines, overrides, path)
+
+
+def _with_parents(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, int]]:
+    """The settings of a file, over those of the study that it `extends`, if any."""
+    raw, lines = read_yaml(path)
+    name = raw.pop("extends", None)
+    if name is None:
+        return raw, lines
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}, line {lines['extends']}: extends is the name of another study's file")
+    parent = path.parent / name
+    if parent in children or parent == path:
+        raise ConfigError(f"{path}, line {lines['extends']}: {name} extends this study in turn")
+    inherited, _ = _with_parents(parent, (*children, path))
+    for key in OWN:
+        inherited.pop(key, None)
+    base = [layer for layer in (inherited.get("base"), raw.get("base")) if isinstance(layer, dict)]
+    return {**inherited, **raw, **({"base": merged(*base)} if base else {})}, lines
+
+
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings laid over each other, later ones on top. Flat and dotted names may be used in every layer."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            _lay(result, FLAT_NAMES.get(key, key).split("."), value)
+    return result
+
+
+def _lay(node: dict[str, Any], path: list[str], value: Any) -> None:
+    *parents, leaf = path
+    for parent in parents:
+        child = node.get(parent)
+        node[parent] = child = dict(child) if isinstance(child, Mapping) else {}
+        node = child
+    if isinstance(value, Mapping) and isinstance(node.get(leaf), Mapping):
+        inner = dict(node[leaf])
+        for key, item in value.items():
+            _lay(inner, key.split("."), item)
+        node[leaf] = inner
+    else:
+        node[leaf] = value

@@ -1,0 +1,202 @@
+"""Processes with what they wait for: so many at a time, each finished once, a failure stopping only what needs it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from stableopd.lines import write_atomically
+
+Status = Literal["done", "failed", "skipped"]
+_POLL_S = 0.1
+_LOG_TAIL = 15
+STOPPED_BY_CONTROLLER = 3
+"""Exit status of a run that its health controller ended: a result, not a failure."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One thing to make. `stem` names its files: STEM.log, and STEM.job.json once it is made."""
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+    """Run one after the other; {resume} in one becomes --resume where the job was begun before, else nothing."""
+    stem: Path
+    after: tuple[str, ...] = ()
+    """Names of jobs that must be done before."""
+    begun: Path | None = None
+    """A file that is there once the job has something to go on from."""
+    settings: str = ""
+    """What it is made with: a finished job is taken as it is only where these are the same."""
+
+    @property
+    def digest(self) -> str:
+        return hashlib.blake2b(self.settings.encode(), digest_size=12).hexdigest()
+
+    @property
+    def log(self) -> Path:
+        return self.stem.with_name(self.stem.name + ".log")
+
+    @property
+    def record(self) -> Path:
+        return self.stem.with_name(self.stem.name + ".job.json")
+
+    def made_with(self) -> dict[str, Any] | None:
+        """The record of a finished job; None when it has not ended well yet."""
+        try:
+            found = json.loads(self.record.read_text())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """How a job ended in this session, or had ended before it (`fresh=False`)."""
+
+    job: Job
+    status: Status
+    why: str = ""
+    seconds: float = 0.0
+    fresh: bool = True
+
+
+@dataclass(slots=True)
+class _Active:
+    job: Job
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+    remaining: list[tuple[str, ...]]
+    started: float
+    returncodes: list[int] = field(default_factory=list)
+
+
+def run_jobs(
+    jobs: Iterable[Job],
+    *,
+    parallel: int,
+    environment: Mapping[str, str] | None = None,
+    tell: Callable[[Ended], None] = lambda ended: None,
+    tell_active: Callable[[Sequence[Job]], None] = lambda active: None,
+) -> dict[str, Ended]:
+    """How each job ended. Jobs made before are not repeated; those that need a failed one are skipped.
+
+    An interrupt ends the processes that are running, which go on where they were the next time.
+    """
+    waiting = list({job.name: job for job in jobs}.values())
+    assert {name for job in waiting for name in job.after} <= {job.name for job in waiting}, "a job waits for nothing"
+    ended: dict[str, Ended] = {}
+    active: list[_Active] = []
+
+    def end(job: Job, status: Status, **details: Any) -> None:
+        ended[job.name] = Ended(job=job, status=status, **details)
+        tell(ended[job.name])
+
+    for job in waiting.copy():
+        record = job.made_with()
+        if record is None:
+            continue
+        waiting.remove(job)
+        if record.get("digest") == job.digest:
+            end(job, "done", fresh=False, seconds=record.get("seconds", 0.0))
+        else:
+            end(job, "failed", why=f"{job.stem} was made with other settings; remove {job.record} and what it made")
+    try:
+        while waiting or active:
+            for job in [job for job in waiting if _is_blocked(job, ended)]:
+                waiting.remove(job)
+                end(job, "skipped", why="needs " + _unmade(job, ended))
+            ready = [job for job in waiting if all(_is_done(name, ended) for name in job.after)]
+            for job in ready[: parallel - len(active)]:
+                waiting.remove(job)
+                try:
+                    active.append(_start(job, environment))
+                except OSError as error:
+                    end(job, "failed", why=f"{job.commands[0][0]} cannot be started: {error}")
+                tell_active([one.job for one in active])
+            if active:
+                time.sleep(_POLL_S)
+            for one in active.copy():
+                outcome = _look_at(one, environment)
+                if outcome is not None:
+                    active.remove(one)
+                    end(one.job, outcome[0], why=outcome[1], seconds=time.monotonic() - one.started)
+                    tell_active([still.job for still in active])
+    finally:
+        for one in active:
+            one.process.terminate()
+        for one in active:
+            one.process.wait()
+            one.log.close()
+    return ended
+
+
+def _unmade(job: Job, ended: Mapping[str, Ended]) -> str:
+    return ", ".join(name for name in job.after if name in ended and ended[name].status != "done")
+
+
+def _is_done(name: str, ended: Mapping[str, Ended]) -> bool:
+    return name in ended and ended[name].status == "done"
+
+
+def _is_blocked(job: Job, ended: Mapping[str, Ended]) -> bool:
+    return any(name in ended and ended[name].status != "done" for name in job.after)
+
+
+def _start(job: Job, environment: Mapping[str, str] | None) -> _Active:
+    """Raises: OSError when its program cannot be started."""
+    job.stem.parent.mkdir(parents=True, exist_ok=True)
+    first, *rest = job.commands
+    log = job.log.open("wb")
+    try:
+        return _Active(job, _process(job, first, log, environment), log, list(rest), time.monotonic())
+    except OSError:
+        log.close()
+        raise
+
+
+def _process(
+    job: Job, command: Sequence[str], log: IO[bytes], environment: Mapping[str, str] | None
+) -> subprocess.Popen[bytes]:
+    resumed = job.begun is not None and job.begun.exists()
+    filled = [part for part in command if part != "{resume}" or resumed]
+    filled = ["--resume" if part == "{resume}" else part for part in filled]
+    return subprocess.Popen(
+        filled,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **(environment or {})},
+    )
+
+
+def _look_at(one: _Active, environment: Mapping[str, str] | None) -> tuple[Status, str] | None:
+    """None while it runs; starts the next command of a job whose last one ended well."""
+    code = one.process.poll()
+    if code is None:
+        return None
+    one.returncodes.append(code)
+    if code in (0, STOPPED_BY_CONTROLLER) and one.remaining:
+        one.process = _process(one.job, one.remaining.pop(0), one.log, environment)
+        return None
+    one.log.close()
+    if code not in (0, STOPPED_BY_CONTROLLER):
+        return "failed", f"ended with status {code}; see {one.job.log}\n{_tail(one.job.log)}"
+    record = {
+        "digest": one.job.digest,
+        "returncodes": one.returncodes,
+        "seconds": round(time.monotonic() - one.started, 1),
+    }
+    write_atomically(one.job.record, json.dumps(record) + "\n")
+    return "done", ""
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_TAIL:])

@@ -1,0 +1,140 @@
+"""What became of a run of a study: figures, curves and answers prompt by prompt, small enough to keep for all runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stableopd.errors import RunFolderError
+from stableopd.health.verdict import collapse_step
+from stableopd.lines import append_line, write_atomically
+from stableopd.runfolder import RunRecord, read_run
+
+CURVES: Mapping[str, str] = {
+    "accuracy": "eval/{name}/accuracy",
+    "greedy_accuracy": "eval/{name}_greedy/accuracy",
+    "greedy_truncation": "eval/{name}_greedy/truncation_rate",
+    "truncation": "completions/clipped_ratio",
+    "length": "completions/mean_length",
+    "repeated": "health/repeated_token_fraction",
+    "stop_probe": "health/stop_probe",
+}
+MAX_POINTS = 100
+"""Points kept of each curve."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """One finished run. A line of results.jsonl, from which the study's report is made."""
+
+    arm: str
+    pair: str
+    seed: int
+    digest: str
+    """Of the run's settings."""
+    figures: Mapping[str, float]
+    verdict: str
+    headline: str
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    answers: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """By benchmark the share of right answers to each of its prompts, in its order."""
+    benchmarks: Mapping[str, str] = field(default_factory=dict)
+    """Digest of each benchmark's prompts: answers are paired only where it is the same."""
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.arm, self.pair, self.seed
+
+
+def outcome_of_run(run: RunRecord, name: str, late_fraction: float) -> tuple[dict[str, float], dict[str, list[Any]]]:
+    """Figures and curves of a run folder, `name` being its held-out set."""
+    curves = {key: run.values(metric.format(name=name)) for key, metric in CURVES.items()}
+    accuracy = curves["accuracy"]
+    figures: dict[str, float] = {}
+    if accuracy:
+        last_step = accuracy[-1][0]
+        late = [value for step, value in accuracy if step > last_step * (1 - late_fraction) or step == last_step]
+        figures["start_accuracy"] = accuracy[0][1]
+        figures["best_accuracy"] = max(value for _, value in accuracy)
+        figures["late_accuracy"] = sum(late) / len(late)
+        figures["end_accuracy"] = accuracy[-1][1]
+    for figure, curve in (
+        ("greedy_accuracy", "greedy_accuracy"),
+        ("greedy_truncation", "greedy_truncation"),
+        ("end_length", "length"),
+    ):
+        if curves[curve]:
+            figures[figure] = curves[curve][-1][1]
+    for figure, curve in (("worst_truncation", "truncation"), ("worst_repeated", "repeated")):
+        if curves[curve]:
+            figures[figure] = max(value for _, value in curves[curve])
+    collapsed = collapse_step(run.metrics, name)
+    figures["collapsed"] = float(collapsed is not None)
+    if collapsed is not None:
+        figures["collapse_step"] = float(collapsed)
+    figures["critical_alerts"] = float(sum(alert.severity == "critical" for alert in run.alerts))
+    figures["actions"] = float(sum(alert.rule == "controller" for alert in run.alerts))
+    figures["steps"] = float(run.last_step or 0)
+    figures["num_tokens"] = max((value for _, value in run.values("num_tokens")), default=0.0)
+    figures["step_time_s"] = sum(value for _, value in run.values("step_time"))
+    return figures, {key: _thinned(curve) for key, curve in curves.items() if curve}
+
+
+def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    stride = math.ceil(len(points) / MAX_POINTS)
+    kept = [*points[::stride]]
+    if kept[-1] != points[-1]:
+        kept.append(points[-1])
+    return [(step, round(value, 5)) for step, value in kept]
+
+
+def read_folder(
+    folder: Path, *, arm: str, pair: str, seed: int, digest: str, name: str, late_fraction: float
+) -> Outcome:
+    """The outcome of a finished run folder, without the answers to the final benchmark."""
+    run = read_run(folder)
+    figures, curves = outcome_of_run(run, name, late_fraction)
+    return Outcome(
+        arm=arm, pair=pair, seed=seed, digest=digest, figures=figures, curves=curves,
+        verdict=run.verdict.status, headline=run.verdict.headline,
+    )  # fmt: skip
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """The lines of a results file; of a run that is there twice, the later one. No file: none.
+
+    Raises: RunFolderError for a broken line that is not the last.
+    """
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    found: dict[tuple[str, str, int], Outcome] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            outcome = Outcome(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            if number == len(lines):
+                continue  # torn by a kill; the run is collected again
+            raise RunFolderError(f"{path}, line {number} is no result of a run: {error}. Mend or delete it") from None
+        found[outcome.key] = outcome
+    return list(found.values())
+
+
+def append_outcome(path: Path, outcome: Outcome) -> None:
+    """Add one result to a results file, on a line of its own even behind one that a kill has torn."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        whole, newline, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+        write_atomically(path, whole + newline)
+    append_line(path, asdict(outcome))
+
+
+def by_arm(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
+    grouped: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        grouped.setdefault(outcome.arm, []).append(outcome)
+    return grouped

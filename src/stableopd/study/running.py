@@ -1,0 +1,181 @@
+"""Runs a study: whatever is not made yet, so many at a time, and one line of results.jsonl for each run that is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stableopd.config import StableOPDConfig
+from stableopd.config_files import dump_config
+from stableopd.errors import ConfigError
+from stableopd.lines import write_atomically
+from stableopd.recorder import lock_folder
+from stableopd.study.cells import Cell, cells_of
+from stableopd.study.config import StudyConfig
+from stableopd.study.jobs import Ended, Job, run_jobs
+from stableopd.study.outcome import Outcome, append_outcome, read_folder, read_outcomes
+
+RESULTS = "results.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyRun:
+    """A study that has been run as far as it went."""
+
+    study: StudyConfig
+    cells: Sequence[Cell]
+    outcomes: Sequence[Outcome]
+    """Of the study's own cells, in their order."""
+    failures: Sequence[Ended] = field(default=())
+    """What failed, or was skipped because of it."""
+
+
+Tell = Callable[[Ended], None]
+TellActive = Callable[[Sequence[Job]], None]
+
+
+def run_study(
+    study: StudyConfig,
+    tell: Tell = lambda ended: None,
+    tell_active: TellActive = lambda active: None,
+    tell_total: Callable[[int], None] = lambda total: None,
+) -> StudyRun:
+    """Make every run that is not in results.jsonl yet. A failure ends nothing but what needs it.
+
+    Raises: ConfigError before anything is started when a run's settings are impossible, or a finished one was made with
+    others; RunFolderError when another process runs this study.
+    """
+    cells = cells_of(study)
+    known = read_outcomes(study.folder / RESULTS)
+    _check_unchanged(study, cells, known)
+    study.folder.mkdir(parents=True, exist_ok=True)
+    with _locked(study.folder):
+        finished = {outcome.key for outcome in known}
+        missing = [cell for cell in cells if _key(cell) not in finished]
+        last_jobs = {jobs[-1].name: cell for cell in missing if (jobs := _jobs(study, cell))}
+        jobs = list({job.name: job for cell in missing for job in _jobs(study, cell)}.values())
+        tell_total(len(jobs))
+
+        def collect(ended: Ended) -> None:
+            cell = last_jobs.get(ended.job.name)
+            if cell is not None and ended.status == "done":
+                append_outcome(study.folder / RESULTS, _outcome(study, cell))
+            tell(ended)
+
+        environment = {}
+        if study.threads:
+            environment = {name: str(study.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        ended = run_jobs(jobs, parallel=study.parallel, environment=environment, tell=collect, tell_active=tell_active)
+    return StudyRun(
+        study=study,
+        cells=cells,
+        outcomes=finished_outcomes(study, cells),
+        failures=[end for end in ended.values() if end.status != "done"],
+    )
+
+
+def existing(study: StudyConfig) -> StudyRun:
+    """A study as far as it has been run, without running anything.
+
+    Raises: ConfigError as `run_study`.
+    """
+    cells = cells_of(study)
+    _check_unchanged(study, cells, read_outcomes(study.folder / RESULTS))
+    return StudyRun(study=study, cells=cells, outcomes=finished_outcomes(study, cells))
+
+
+def finished_outcomes(study: StudyConfig, cells: Sequence[Cell]) -> list[Outcome]:
+    """The results that there are of the study's cells, in their order."""
+    known = {outcome.key: outcome for outcome in read_outcomes(study.folder / RESULTS)}
+    return [known[_key(cell)] for cell in cells if _key(cell) in known]
+
+
+def _key(cell: Cell) -> tuple[str, str, int]:
+    return cell.arm, cell.pair, cell.seed
+
+
+def _check_unchanged(study: StudyConfig, cells: Sequence[Cell], known: Sequence[Outcome]) -> None:
+    made = {outcome.key: outcome.digest for outcome in known}
+    changed = [cell for cell in cells if made.get(_key(cell)) not in (None, settings_digest(study, cell))]
+    if changed:
+        first = changed[0]
+        raise ConfigError(
+            f"{study.folder / RESULTS}: {len(changed)} of the runs that are there were made with other settings, "
+            f"{first.arm} of {first.pair}, seed {first.seed} among them. Put the old settings back, give the method "
+            "another name, or choose another output_dir"
+        )
+
+
+def settings_digest(study: StudyConfig, cell: Cell) -> str:
+    """Of the settings that were given for a run, its cold start and its world: neither defaults nor places, so that a
+    study may be moved and the package updated."""
+    configs = [cell.config, *([cell.cold_start] if cell.cold_start else [])]
+    given = [_settings(study, config) for config in configs]
+    world = study.world.made_with(cell.pair, cell.seed) if study.world else ""
+    return hashlib.blake2b("\n".join([*given, world]).encode(), digest_size=8).hexdigest()
+
+
+def _settings(study: StudyConfig, config: StableOPDConfig) -> str:
+    places = {**_NO_RESULT, **(_PLACES_IN_A_WORLD if study.world else {})}
+    return json.dumps(config.model_dump(mode="json", exclude_unset=True, exclude=places), sort_keys=True)
+
+
+_NO_RESULT: dict[str, Any] = {"output_dir": True, "logging": True, "checkpoint": True, "num_processes": True}
+_PLACES_IN_A_WORLD: dict[str, Any] = {
+    "data": {"path", "gold_path"},
+    "evaluation": {"path"},
+    "student": {"model_name_or_path"},
+    "teacher": {"model_name_or_path"},
+}
+
+
+def _jobs(study: StudyConfig, cell: Cell) -> list[Job]:
+    """All that a cell needs, its own run last."""
+    jobs = study.world.jobs(study.folder, cell.pair, cell.seed) if study.world else []
+    if cell.cold_start is not None:
+        jobs.append(_training(study, "cold start", cell.cold_start, after=jobs))
+    jobs.append(_training(study, "run", cell.config, after=jobs))
+    return jobs
+
+
+def _training(study: StudyConfig, what: str, config: StableOPDConfig, after: Sequence[Job]) -> Job:
+    folder = config.run_dir
+    path = folder.with_name(f"{folder.name}.yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, dump_config(config))
+    launch = study.launch or (sys.executable, "-m", "stableopd")
+    return Job(
+        name=f"{what} {folder.relative_to(study.folder)}",
+        commands=((*launch, "train", str(path), "{resume}"),),
+        stem=folder,
+        after=tuple(job.name for job in after),
+        begun=folder / "config.yaml",
+        settings=_settings(study, config),
+    )
+
+
+def _outcome(study: StudyConfig, cell: Cell) -> Outcome:
+    return read_folder(
+        cell.folder,
+        arm=cell.arm,
+        pair=cell.pair,
+        seed=cell.seed,
+        digest=settings_digest(study, cell),
+        name=cell.config.evaluation.name,
+        late_fraction=study.late_fraction,
+    )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = lock_folder(folder)
+    try:
+        yield
+    finally:
+        lock.close()

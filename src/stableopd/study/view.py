@@ -1,0 +1,106 @@
+"""The table of a study in the terminal and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from stableopd.study.running import StudyRun
+from stableopd.study.statistics import Estimate
+from stableopd.study.table import Row, rows_by_pair, rows_of
+
+COLUMNS: Sequence[tuple[str, str]] = (
+    ("best", "best_accuracy"),
+    ("late", "late_accuracy"),
+    ("greedy", "greedy_accuracy"),
+    ("cut off", "greedy_truncation"),
+)
+
+
+def print_study(console: Console, run: StudyRun) -> None:
+    """One table over all pairs, one for each pair where there are several, and what failed."""
+    if not run.outcomes:
+        console.print("no run of this study has finished yet")
+    for title, rows in _tables(run):
+        console.print(_table(title, columns(run), rows))
+    if run.outcomes:
+        console.print(f"[dim]{escape(note(run))}[/]", highlight=False)
+    for failure in run.failures:
+        console.print(f"[bold red]{failure.status}[/] {escape(failure.job.name)}: {escape(failure.why)}")
+
+
+def note(run: StudyRun) -> str:
+    """What the columns of the table mean."""
+    share = f"{run.study.confidence:.0%}"
+    what = "answers to the final benchmark" if any(o.answers for o in run.outcomes) else "late accuracy of the runs"
+    base, late = run.study.reference_method, f"{run.study.late_fraction:.0%}"
+    return (
+        f"accuracy: {what}, with {share} bootstrap intervals over runs and prompts; difference from {base} on the same "
+        "pairs, seeds and prompts; better: runs that beat their twin there; best, late: highest evaluation of the run, "
+        f"mean of those in its last {late}; greedy, cut off: accuracy of greedy answers at the end and the share that "
+        "ran into the limit; collapsed: held-out accuracy fell by more than 0.15 while more than half of the greedy "
+        "answers were cut off (in brackets: still so at the end)"
+    )
+
+
+def to_json(run: StudyRun) -> str:
+    """Tables and failures as one JSON document."""
+    document: dict[str, Any] = {
+        "compared_with": run.study.reference_method,
+        "tables": {title: [asdict(row) for row in rows] for title, rows in _tables(run)},
+        "num_runs": len(run.cells),
+        "num_finished": len(run.outcomes),
+        "failures": [{"name": f.job.name, "status": f.status, "why": f.why} for f in run.failures],
+    }
+    return json.dumps(document, indent=2, allow_nan=False)
+
+
+def _tables(run: StudyRun) -> list[tuple[str, list[Row]]]:
+    whole = f"{len(run.outcomes)} of {len(run.cells)} runs"
+    return [(whole, rows_of(run)), *rows_by_pair(run).items()] if run.outcomes else []
+
+
+def columns(run: StudyRun) -> list[str]:
+    """Names of the columns, as `cells_of_row` fills them."""
+    against = f"against {run.study.reference_method}"
+    return ["method", "runs", "accuracy", against, "better", *(label for label, _ in COLUMNS), "collapsed"]
+
+
+def _table(title: str, names: Sequence[str], rows: Sequence[Row]) -> Table:
+    table = Table(title=title, title_justify="left", padding=(0, 0))
+    for name in names:
+        table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in cells_of_row(row)))
+    return table
+
+
+def cells_of_row(row: Row) -> list[str]:
+    """A row of the table as text."""
+    compared = row.difference is not None
+    return [
+        row.arm,
+        str(row.num_runs),
+        shown(row.accuracy),
+        shown(row.difference, signed=True) if compared else "",
+        f"{row.better}/{row.paired}" if compared else "",
+        *(f"{row.means[key]:.3f}" if key in row.means else "" for _, key in COLUMNS),
+        f"{row.collapsed}" + (f" ({row.collapsed_at_end})" if row.collapsed or row.collapsed_at_end else ""),
+    ]
+
+
+def shown(estimate: Estimate | None, *, signed: bool = False) -> str:
+    """`0.712 [0.690, 0.731]`."""
+    if estimate is None:
+        return ""
+    form = "+.3f" if signed else ".3f"
+    mean = format(estimate.mean, form)
+    if estimate.low is None or estimate.high is None:
+        return mean
+    return f"{mean} [{format(estimate.low, form)}, {format(estimate.high, form)}]"

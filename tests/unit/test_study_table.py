@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from fake_runs import write_collapsing_run, write_healthy_run
+
+from stableopd.errors import RunFolderError
+from stableopd.runfolder import read_run
+from stableopd.study.cells import Cell, cells_of
+from stableopd.study.config import StudyConfig
+from stableopd.study.jobs import Ended, Job
+from stableopd.study.outcome import Outcome, append_outcome, outcome_of_run, read_folder, read_outcomes
+from stableopd.study.report import headline, markdown, render_study, write_study
+from stableopd.study.running import StudyRun
+from stableopd.study.table import rows_by_pair, rows_of, score
+from stableopd.study.view import cells_of_row, columns, to_json
+
+NASTY = "</script><script>alert(1)</script>[bold]"
+
+
+def outcome(arm: str, pair: str = "p", seed: int = 0, accuracy: float = 0.5, **more) -> Outcome:
+    figures = {"late_accuracy": accuracy, "best_accuracy": accuracy, "collapsed": 0.0, **more.pop("figures", {})}
+    curves = {"accuracy": [(0, 0.1), (10, accuracy)], "length": [(1, 9.0), (10, 10.0)]}
+    return Outcome(
+        arm=arm, pair=pair, seed=seed, digest="d", figures=figures, verdict=more.pop("verdict", "healthy"),
+        headline=more.pop("headline", "Healthy."), curves=curves, **more,
+    )  # fmt: skip
+
+
+def a_run(outcomes, *, methods=("stableopd", "opd"), failures=(), **given) -> StudyRun:
+    study = StudyConfig(
+        base={"student": {"model_name_or_path": "s"}, "teacher": {"model_name_or_path": "t"}, "data": {"path": "d"}},
+        methods={name: {} for name in methods}, output_dir="out", **given,
+    )  # fmt: skip
+    cells: list[Cell] = cells_of(study)
+    return StudyRun(study=study, cells=cells, outcomes=outcomes, failures=failures)
+
+
+def two_methods(difference: float) -> list[Outcome]:
+    """Seeds differ much among each other, methods by the same amount everywhere."""
+    levels = (0.2, 0.4, 0.6, 0.7)
+    runs = [outcome("stableopd", seed=seed, accuracy=level) for seed, level in enumerate(levels)]
+    return runs + [outcome("opd", seed=seed, accuracy=level + difference) for seed, level in enumerate(levels)]
+
+
+def test_differences_are_taken_between_runs_of_the_same_pair_and_seed():
+    stable, opd = rows_of(a_run(two_methods(-0.1)))
+    assert stable.difference is None
+    assert opd.difference.mean == pytest.approx(-0.1)
+    assert opd.difference.high - opd.difference.low < 1e-6
+    assert opd.accuracy.high - opd.accuracy.low > 0.2
+    assert (opd.better, opd.paired) == (0, 4)
+
+
+def test_a_run_without_a_twin_counts_for_the_mean_and_not_for_the_difference():
+    lonely = outcome("opd", seed=9, accuracy=0.0)
+    row = rows_of(a_run([*two_methods(0.05), lonely]))[1]
+    assert row.num_runs == 5
+    assert row.paired == 4
+    assert row.difference.mean == pytest.approx(0.05)
+    assert row.better == 4
+
+
+def test_answers_to_the_same_prompts_are_what_is_compared_where_there_are_some():
+    def answered(arm: str, seed: int, answers: list[float], digest: str = "x") -> Outcome:
+        return outcome(arm, seed=seed, answers={"b": answers}, benchmarks={"b": digest})
+
+    runs = [answered("stableopd", 0, [1, 1, 0, 0]), answered("opd", 0, [1, 0, 0, 0])]
+    stable, opd = rows_of(a_run(runs))
+    assert (stable.accuracy.mean, opd.accuracy.mean) == (0.5, 0.25)
+    assert opd.difference.mean == -0.25
+    assert opd.difference.low == -0.75  # prompts are resampled even where there is one run
+    other = rows_of(a_run([runs[0], answered("opd", 0, [1, 0, 0, 0], digest="y")]))[1]
+    assert other.difference.mean == -0.25
+    assert other.difference.low is None  # prompts of another benchmark are not paired
+
+
+def test_collapses_are_counted_on_the_way_and_at_the_end():
+    runs = [
+        outcome("stableopd"),
+        outcome("opd", seed=0, figures={"collapsed": 1.0}, verdict="collapsed"),
+        outcome("opd", seed=1, figures={"collapsed": 1.0}, verdict="warning"),
+        outcome("opd", seed=2),
+    ]
+    row = rows_of(a_run(runs))[1]
+    assert (row.collapsed, row.collapsed_at_end) == (2, 1)
+    assert cells_of_row(row)[-1] == "2 (1)"
+
+
+def test_pairs_have_tables_of_their_own_only_where_there_are_several():
+    assert rows_by_pair(a_run(two_methods(0.1))) == {}
+    runs = [outcome("stableopd", "p", accuracy=0.3), outcome("opd", "q", accuracy=0.4)]
+    tables = rows_by_pair(a_run(runs))
+    assert {pair: [row.arm for row in rows] for pair, rows in tables.items()} == {"p": ["stableopd"], "q": ["opd"]}
+    assert tables["q"][0].difference is None  # nothing to compare with
+
+
+def test_figures_of_a_run_folder_tell_a_collapsed_run_from_a_healthy_one(tmp_path):
+    sick = read_folder(
+        write_collapsing_run(tmp_path / "opd"), arm="opd", pair="p", seed=0, digest="d", name="held_out",
+        late_fraction=0.2,
+    )  # fmt: skip
+    well, curves = outcome_of_run(read_run(write_healthy_run(tmp_path / "well")), "held_out", 0.2)
+    assert sick.figures["collapsed"] == 1.0
+    assert well["collapsed"] == 0.0
+    assert "collapse_step" not in well
+    assert sick.verdict == "collapsed"
+    assert sick.figures["best_accuracy"] > sick.figures["late_accuracy"] + 0.15
+    assert curves["accuracy"][-1][1] == pytest.approx(well["end_accuracy"], abs=1e-4)
+
+
+def test_late_accuracy_is_the_mean_of_the_last_evaluations(tmp_path):
+    run = read_run(write_healthy_run(tmp_path / "well"))
+    points = run.values("eval/held_out/accuracy")
+    last = points[-1][0]
+    half = [value for step, value in points if step > last / 2]
+    figures, _ = outcome_of_run(run, "held_out", 0.5)
+    assert figures["late_accuracy"] == pytest.approx(sum(half) / len(half))
+
+
+def test_results_are_read_as_they_were_written_and_a_torn_last_line_is_left_out(tmp_path):
+    path = tmp_path / "results.jsonl"
+    runs = two_methods(0.1)
+    for one in runs:
+        append_outcome(path, one)
+    append_outcome(path, replace(runs[0], verdict="warning"))
+    read = read_outcomes(path)
+    assert len(read) == len(runs)
+    assert {one.key: one.figures for one in read} == {one.key: dict(one.figures) for one in runs}
+    assert read[0].verdict == "warning"
+    with path.open("a") as file:
+        file.write('{"arm": "opd", "pa')
+    assert len(read_outcomes(path)) == len(runs)
+    append_outcome(path, outcome("sft"))
+    assert len(read_outcomes(path)) == len(runs) + 1
+    path.write_text(json.dumps({"arm": "x"}) + "\n" + path.read_text())
+    with pytest.raises(RunFolderError, match="line 1 "):
+        read_outcomes(path)
+
+
+def test_the_page_escapes_what_it_shows_and_names_every_failure(tmp_path):
+    job = Job(name=NASTY, commands=((),), stem=tmp_path / "x")
+    failed = Ended(job=job, status="failed", why=NASTY)
+    page = render_study(a_run([*two_methods(0.1), outcome("stableopd", seed=8, headline=NASTY)], failures=[failed]))
+    assert "<script>alert(1)" not in page
+    assert page.count("&lt;script&gt;alert(1)") >= 3
+    assert "study.html.j2" not in page
+
+
+def test_report_and_table_hold_the_figures_of_every_method(tmp_path):
+    run = a_run(two_methods(-0.1))
+    page, table = render_study(run), markdown(run)
+    for text in (page, table):
+        assert "-0.100 [-0.100, -0.100]" in text
+    assert table.count("\n| ") >= 4
+    assert len(columns(run)) == len(cells_of_row(rows_of(run)[0]))
+    document = json.loads(to_json(run))
+    assert document["num_finished"] == 8
+    (rows,) = document["tables"].values()
+    assert rows[1]["difference"]["mean"] == pytest.approx(-0.1)
+
+
+def test_the_headline_names_the_best_and_the_collapsed():
+    runs = [outcome("stableopd", accuracy=0.8), outcome("opd", accuracy=0.3, figures={"collapsed": 1.0})]
+    run = a_run(runs, seeds=[0, 1])
+    assert headline(run, rows_of(run)) == (
+        "stableopd is best with 0.800 over 1 run; collapsed: opd 1 of 1 (2 of 4 runs are missing)"
+    )
+
+
+def test_a_grid_of_two_keys_is_drawn_as_a_map():
+    given = {"methods": ("stableopd",), "grid": {"lambda_gold": [0.1, 1.0], "beta_kl": [0.0, 0.3]}}
+    run = a_run([outcome("stableopd lambda_gold=1.0 beta_kl=0.3", accuracy=0.75)], **given)
+    page = render_study(run)
+    assert '"z":[[null,null],[null,0.75]]' in page
+    assert "lambda_gold" in page
+
+
+def test_nothing_is_written_before_a_run_has_finished(tmp_path):
+    assert write_study(a_run([])) == []
+
+
+def test_the_score_is_the_mean_over_benchmarks():
+    answers = {"a": [1.0, 0.0], "b": [1.0]}
+    assert score(outcome("opd", answers=answers, benchmarks={"a": "1", "b": "2"})) == 0.75
