@@ -16,11 +16,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-<<<<<<< HEAD
-from stableopd.commands.data import app as data_app
-=======
 from stableopd.commands import study as study_command
->>>>>>> main
+from stableopd.commands.data import app as data_app
 from stableopd.errors import ConfigError, StableOPDError
 
 app = typer.Typer(

@@ -89,7 +89,6 @@ LAYERS = (
     {"curation.journal", "curation.sources", "curation.screening"},
     {"curation.sampling", "curation.openr1", "curation.parts", "curation.gold_file", "curation.gold"},
     {"curation.decontaminate"},
-    {"commands", "commands.data"},
     {"doctor.sides", "doctor.budget", "doctor.data", "doctor.judging", "doctor.templates", "doctor.tokens"},
     {"doctor.checkup"},
     {"doctor.hardware", "doctor.shapes", "doctor.plan", "doctor.memory", "doctor.timing", "doctor.sample"},
@@ -110,7 +109,7 @@ LAYERS = (
     {"integrations.journal"},
     {"integrations.trl", "integrations.slime"},
     {"integrations"},
-    {"commands", "commands.study"},
+    {"commands", "commands.data", "commands.study"},
     {"cli", "__main__", "__init__"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
