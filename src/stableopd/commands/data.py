@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,7 @@ def openr1(
 
     if cold_start_fraction is not None and num_cold_start is not None:
         raise ConfigError("--cold-start-fraction and --num-cold-start are both given; give one of them")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # counting tokens is nearly all of the work
     quiet_libraries()
     recipe = Recipe(
         screening=Screening(

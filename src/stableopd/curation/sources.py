@@ -150,15 +150,14 @@ class HubSource:
     @classmethod
     def find(cls, path: str, split: str, columns: Sequence[str]) -> HubSource:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
         repository, _, name = path.partition(":")
         try:
             revision = HfApi().dataset_info(repository).sha
-        except (HfHubHTTPError, HFValidationError, OSError, RuntimeError) as error:
+        except Exception as error:  # the client passes on the errors of its HTTP library, whichever that is
             raise DataError(
-                f"{path!r} is no local file, and the hub does not give it as a dataset: {str(error).splitlines()[0]}. "
-                "Correct --source, or download the data and give the path of the file or folder"
+                f"{path!r} is no local file, and the hub does not give it as a dataset: {_first_line(error)}. Correct "
+                "--source, or download the data and give the path of the file or folder"
             ) from error
         return cls(
             repository=repository, configuration=name or None, split=split, revision=revision, wanted=tuple(columns)
@@ -169,8 +168,14 @@ class HubSource:
         names = stream.column_names
         if names is not None:
             stream = stream.select_columns([column for column in self.wanted if column in names])
-        for number, row in enumerate(stream.skip(start) if start else stream, start=start + 1):
-            yield Place(self.repository, "row", number), row
+        try:
+            for number, row in enumerate(stream.skip(start) if start else stream, start=start + 1):
+                yield Place(self.repository, "row", number), row
+        except Exception as error:  # as above, from the middle of a stream
+            raise DataError(
+                f"{self.repository!r} cannot be read on from the hub: {_first_line(error)}. The same command goes on "
+                "from there"
+            ) from error
 
     def columns(self) -> list[str]:
         stream = self._stream()
@@ -198,11 +203,15 @@ class HubSource:
             return datasets.load_dataset(
                 self.repository, self.configuration, split=self.split, revision=self.revision, streaming=True
             )
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        except Exception as error:  # as above
             raise DataError(
                 f"{self.repository!r} cannot be read from the hub (configuration {self.configuration!r}, split "
-                f"{self.split!r}): {error}"
+                f"{self.split!r}): {_first_line(error)}"
             ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
