@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from stableopd.commands import evaluation
 from stableopd.commands import study as study_command
 from stableopd.commands.data import app as data_app
 from stableopd.errors import ConfigError, StableOPDError
@@ -278,6 +279,7 @@ def watch(
     follow(run, console, interval_s=interval)
 
 
+app.command(name="eval", epilog=evaluation.EPILOG)(evaluation.evaluate_command)
 app.command(name="study", epilog=study_command.EPILOG)(study_command.study)
 
 

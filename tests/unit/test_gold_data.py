@@ -16,21 +16,6 @@ from stableopd.errors import ConfigError, DataError, RunFolderError
 from stableopd.reading import read_rows
 
 
-def judge(completion: str, answer: str) -> bool:
-    """Right when it has an odd number of characters."""
-    return len(completion) % 2 == 1
-
-
-def never(completion: str, answer: str) -> bool:
-    return False
-
-
-def fragile(completion: str, answer: str) -> bool:
-    if len(completion) % 3 == 0:
-        raise ValueError("strange output")
-    return True
-
-
 @pytest.fixture
 def settings(checkpoints, dataset, tmp_path):
     def settings(*overrides: str, judge: str = "judge", rows: int = 12):
@@ -40,7 +25,7 @@ def settings(checkpoints, dataset, tmp_path):
             "teacher.model_name_or_path": str(checkpoints / "teacher"),
             "data.path": str(path),
             "rollout.max_completion_length": 10,
-            "evaluation.judge": f"test_gold_data:{judge}",
+            "evaluation.judge": f"gold_judges:{judge}",
             "seed": 5,
         }
         return config_of(["method=opd", *(f"{key}={json.dumps(value)}" for key, value in given.items()), *overrides])
@@ -64,7 +49,7 @@ def test_gold_is_complete_and_right_and_the_rest_of_the_row_is_kept(settings, tm
     rows, prompts = lines(tmp_path / "gold.jsonl"), {row["prompt"]: row for row in read_rows(settings().data.path)}
     assert 0 < len(rows) < 12
     for row in rows:
-        assert judge(row["gold"], "")
+        assert len(row["gold"]) % 2 == 1
         assert len(row["gold"]) < 10
         assert row["gold_tokens"] == len(row["gold"]) + 1
         assert row["answer"] == prompts[row["prompt"]]["answer"]

@@ -13,7 +13,18 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "stableopd"
 
 LAYERS = (
     {"errors", "types", "names", "sections", "keys", "doctor", "doctor.findings"},
-    {"tokens", "reading", "vocabulary", "lines", "sparklines", "tailing", "notify", "objective", "distributed"}
+    {
+        "bootstrap",
+        "tokens",
+        "reading",
+        "vocabulary",
+        "lines",
+        "sparklines",
+        "tailing",
+        "notify",
+        "objective",
+        "distributed",
+    }
     | {"model_config", "rollout_config"}
     | {"health.causes", "health.loops", "health.pieces", "health.signals"}
     | {"losses", "losses._numerics", "losses.divergences", "losses.supports", "losses.policy", "losses.shaping"}
@@ -71,6 +82,8 @@ LAYERS = (
     },
     {"rows", "probe"},
     {"terms"},
+    {"benchmarking", "benchmarking.registry", "benchmarking.scores", "benchmarking.cache", "benchmarking.judge_worker"}
+    | {"benchmarking.loading", "benchmarking.results", "benchmarking.timed"},
     {"metrics", "recorder", "checkpoint", "step", "evaluate", "preparation", "console", "rewards", "observation"}
     | {"diagnose_view", "watched", "frames", "watch"}
     | {
@@ -84,6 +97,7 @@ LAYERS = (
         "report.samples",
     }
     | {"report.settings", "report.text", "report.timeline"},
+    {"benchmarking.running", "benchmarking.view"},
     {"teaching", "engines"},
     {"curation", "curation.splitting", "curation.cards", "curation.overlap"},
     {"curation.journal", "curation.sources", "curation.screening"},
@@ -98,7 +112,7 @@ LAYERS = (
     {"assembly"},
     {"trainer"},
     {"toy", "toy.task", "toy.tokenizer", "toy.models", "toy.build", "toy.demo", "toy.pieces"},
-    {"study", "study.jobs", "study.statistics", "study.outcome"},
+    {"study", "study.jobs", "study.outcome"},
     {"study.worlds"},
     {"study.config"},
     {"study.cells"},
@@ -109,7 +123,7 @@ LAYERS = (
     {"integrations.journal"},
     {"integrations.trl", "integrations.slime"},
     {"integrations"},
-    {"commands", "commands.data", "commands.study"},
+    {"commands", "commands.data", "commands.evaluation", "commands.study"},
     {"cli", "__main__", "__init__"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -233,9 +233,15 @@ def decontaminate(
 
 @contextmanager
 def _judge(name: str | None) -> Iterator[Any]:
-    from stableopd.judges import get_judge
+    """A judge in a process of its own, which is ended when it hangs; None for no name."""
+    from stableopd.benchmarking.timed import TimedJudge
 
-    yield None if name is None else get_judge(name, "--judge")
+    if name is None:
+        yield None
+        return
+    with TimedJudge(name, setting="--judge") as judge:
+        judge.start()
+        yield judge
 
 
 @contextmanager

@@ -59,7 +59,8 @@ def study(
         typer.echo(to_json(found))
     else:
         print_study(console, found)
-        console.print(f"wrote {escape(', '.join(map(str, paths)))}", highlight=False)
+        if paths:
+            console.print(f"wrote {escape(', '.join(map(str, paths)))}", highlight=False)
     raise typer.Exit(1 if found.failures else 0)
 
 
@@ -104,6 +105,8 @@ class _Progress:
         if self._bar:
             self._bar.advance(self._task)
         if ended.status != "done":
-            self.console.print(f"[bold red]{ended.status}[/] {escape(ended.job.name)}: {escape(ended.why)}")
+            self.console.print(
+                f"[bold red]{ended.status}[/] {escape(ended.job.name)}: {escape(ended.why.splitlines()[0])}"
+            )
         elif ended.fresh:
             self.console.print(f"made {escape(ended.job.name)} in {ended.seconds:.0f} s", highlight=False)

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from stableopd.benchmarking.timed import TimedJudge
 from stableopd.config import StableOPDConfig, TeacherConfig
 from stableopd.curation.gold_file import GoldFile, Prompts
 from stableopd.curation.sampling import Rejection, check_answers, sample_gold
 from stableopd.data import load_examples
 from stableopd.errors import ConfigError, DataError
-from stableopd.judges import get_judge
 from stableopd.models import context_length, digest_of_weights, load_model, load_tokenizer
-from stableopd.protocols import Judge
 from stableopd.reading import Rows, read_rows
 from stableopd.rollout.hf import HFEngine
 from stableopd.types import Sampling
@@ -36,7 +35,7 @@ class GoldWork:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
-    judge: Judge
+    judge: TimedJudge
     result: GoldFile
 
     @property
@@ -74,6 +73,7 @@ class GoldWork:
             card = self.result.write(journal)
         finally:
             journal.close()
+            self.judge.close()
         journal.remove()
         return card
 
@@ -86,7 +86,8 @@ def prepare_gold(config: StableOPDConfig, rejection: Rejection, out: Path, *, go
     Raises: ConfigError, ModelError, DataError for what cannot be used; RunFolderError when `out` is something else.
     """
     teacher_config = _teacher(config)
-    judge = get_judge(config.evaluation.judge)
+    judge = TimedJudge(config.evaluation.judge, setting="evaluation.judge")
+    judge.start()
     tokenizer = load_tokenizer(teacher_config, "teacher")
     prompts = _prompts(config, tokenizer)
     model = load_model(teacher_config, "teacher").eval()

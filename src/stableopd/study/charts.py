@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from stableopd.bootstrap import Estimate
 from stableopd.report.charts import PALETTE, Chart, Curve, further_colour
 from stableopd.study.outcome import Outcome, by_arm
 from stableopd.study.running import StudyRun
-from stableopd.study.statistics import Estimate
 from stableopd.study.table import Row, score
 
 BAND = 0.8

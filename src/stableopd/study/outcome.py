@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from stableopd.benchmarking.results import EvalResult
 from stableopd.errors import RunFolderError
 from stableopd.health.verdict import collapse_step
 from stableopd.lines import append_line, write_atomically
@@ -102,6 +104,26 @@ def read_folder(
         arm=arm, pair=pair, seed=seed, digest=digest, figures=figures, curves=curves,
         verdict=run.verdict.status, headline=run.verdict.headline,
     )  # fmt: skip
+
+
+def with_answers(outcome: Outcome, path: Path) -> Outcome:
+    """The outcome with the answers of a stored evaluation: those that were sampled, and figures of the greedy ones."""
+    results = [EvalResult.from_json(record) for record in json.loads(path.read_text(encoding="utf-8"))]
+    sampled = [result for result in results if result.settings.temperature]
+    greedy = [result for result in results if not result.settings.temperature]
+    figures = dict(outcome.figures)
+    for name, of_kind in (("final", sampled), ("final_greedy", greedy)):
+        if of_kind:
+            figures[f"{name}_accuracy"] = fmean(result.accuracy.value for result in of_kind)
+            figures[f"{name}_truncation"] = fmean(result.figures["truncated_fraction"].value for result in of_kind)
+            figures[f"{name}_length"] = fmean(result.figures["length"].value for result in of_kind)
+    chosen = sampled or greedy
+    return replace(
+        outcome,
+        figures=figures,
+        answers={result.benchmark: [round(prompt.accuracy, 4) for prompt in result.prompts] for result in chosen},
+        benchmarks={result.benchmark: result.benchmark_digest for result in chosen},
+    )
 
 
 def read_outcomes(path: Path) -> list[Outcome]:

@@ -17,9 +17,9 @@ from stableopd.errors import ConfigError
 from stableopd.lines import write_atomically
 from stableopd.recorder import lock_folder
 from stableopd.study.cells import Cell, cells_of
-from stableopd.study.config import StudyConfig
+from stableopd.study.config import FinalConfig, StudyConfig
 from stableopd.study.jobs import Ended, Job, run_jobs
-from stableopd.study.outcome import Outcome, append_outcome, read_folder, read_outcomes
+from stableopd.study.outcome import Outcome, append_outcome, read_folder, read_outcomes, with_answers
 
 RESULTS = "results.jsonl"
 
@@ -141,7 +141,36 @@ def _jobs(study: StudyConfig, cell: Cell) -> list[Job]:
     if cell.cold_start is not None:
         jobs.append(_training(study, "cold start", cell.cold_start, after=jobs))
     jobs.append(_training(study, "run", cell.config, after=jobs))
+    if study.final is not None:
+        jobs.append(_final(study, study.final, cell, after=jobs[-1]))
     return jobs
+
+
+def _final(study: StudyConfig, final: FinalConfig, cell: Cell, after: Job) -> Job:
+    """The answers of a finished run's last checkpoint to the benchmarks of the study."""
+    evaluation = cell.config.evaluation
+    length = final.max_completion_length or cell.config.eval_max_completion_length
+    benchmarks = final.benchmarks or ((evaluation.path,) if evaluation.path else ())
+    command = [sys.executable, "-m", "stableopd", "eval", str(cell.folder)]
+    command += [part for name in benchmarks for part in ("--benchmark", name)]
+    command += ["--temperature", str(final.temperature), "--max-completion-length", str(length)]
+    command += ["--judge", final.judge or evaluation.judge, "--seed", str(final.seed)]
+    command += ["--samples", str(final.num_samples)] if final.num_samples else []
+    command += ["--num-prompts", str(final.num_prompts)] if final.num_prompts else []
+    command += ["--greedy"] if final.greedy else []
+    command += ["--out", str(study.folder / "evals"), "--output", str(_answers_of(cell))]
+    stem = cell.folder.with_name(f"{cell.folder.name}.final")
+    return Job(
+        name=f"answers {cell.folder.relative_to(study.folder)}",
+        commands=(tuple(command),),
+        stem=stem,
+        after=(after.name,),
+        settings=final.model_dump_json(),
+    )
+
+
+def _answers_of(cell: Cell) -> Path:
+    return cell.folder.with_name(f"{cell.folder.name}.answers.json")
 
 
 def _training(study: StudyConfig, what: str, config: StableOPDConfig, after: Sequence[Job]) -> Job:
@@ -161,7 +190,7 @@ def _training(study: StudyConfig, what: str, config: StableOPDConfig, after: Seq
 
 
 def _outcome(study: StudyConfig, cell: Cell) -> Outcome:
-    return read_folder(
+    outcome = read_folder(
         cell.folder,
         arm=cell.arm,
         pair=cell.pair,
@@ -170,6 +199,7 @@ def _outcome(study: StudyConfig, cell: Cell) -> Outcome:
         name=cell.config.evaluation.name,
         late_fraction=study.late_fraction,
     )
+    return with_answers(outcome, _answers_of(cell)) if study.final is not None else outcome
 
 
 @contextmanager

@@ -6,12 +6,14 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stableopd.bootstrap import Answers, Estimate, mean_of_answers, mean_of_runs, paired_difference
 from stableopd.study.config import StudyConfig
 from stableopd.study.outcome import Outcome, by_arm
 from stableopd.study.running import StudyRun
-from stableopd.study.statistics import Answers, Estimate, mean_of_answers, mean_of_runs, paired_difference
 
 MEANS = (
+    "final_greedy_accuracy",
+    "final_greedy_truncation",
     "late_accuracy",
     "best_accuracy",
     "end_accuracy",

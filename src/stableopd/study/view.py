@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from stableopd.bootstrap import Estimate
 from stableopd.study.running import StudyRun
-from stableopd.study.statistics import Estimate
 from stableopd.study.table import Row, rows_by_pair, rows_of
 
 COLUMNS: Sequence[tuple[str, str]] = (

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from stableopd.study.statistics import mean_of_answers, mean_of_runs, paired_difference
+from stableopd.bootstrap import mean_of_answers, mean_of_runs, paired_difference
 
 TABLES = arrays(np.float64, st.tuples(st.integers(1, 5), st.integers(1, 8)), elements=st.floats(0, 1))
 

@@ -1,0 +1,58 @@
+"""Answers that were generated already: one line each, kept by what they depend on; nothing is generated twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stableopd.lines import append_line, write_atomically
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """One completion of the model, as text, without its end token."""
+
+    prompt: int
+    sample: int
+    text: str
+    num_tokens: int
+    finish_reason: str
+
+
+class AnswerStore:
+    """The answers in one folder. A kill at any instant tears no line but the last, which is generated again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._path = folder, folder / "completions.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.answers = self._read()
+
+    def missing(self, num_prompts: int, num_samples: int) -> list[int]:
+        """Numbers of the prompts that lack answers."""
+        wanted = range(num_samples)
+        return [n for n in range(num_prompts) if any((n, sample) not in self.answers for sample in wanted)]
+
+    def add(self, answer: Answer) -> None:
+        key = (answer.prompt, answer.sample)
+        if key not in self.answers:
+            append_line(self._path, asdict(answer))
+            self.answers[key] = answer
+
+    def _read(self) -> dict[tuple[int, int], Answer]:
+        if not self._path.exists():
+            return {}
+        text = self._path.read_text(encoding="utf-8", errors="replace")
+        whole, newline, torn = text.rpartition("\n")
+        if torn:
+            write_atomically(self._path, whole + newline)
+        found = [Answer(**json.loads(line)) for line in whole.split("\n") if line]
+        return {(answer.prompt, answer.sample): answer for answer in found}
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """A short name for everything that answers depend on."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,137 @@
+"""Benchmarks as lists of questions with answers: from the hub, from a copy of it, or from a file of one's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stableopd.benchmarking.registry import INSTRUCTION, REGISTRY, BenchmarkSpec, canonical, plain_answer, spec_of
+from stableopd.errors import ConfigError, DataError
+from stableopd.names import nearest
+from stableopd.reading import Place, Rows, read_rows
+
+QUESTION_COLUMNS = ("prompt", "problem", "question")
+ANSWER_COLUMNS = ("answer", "final_answer")
+"""Columns looked for in a file of one's own, in this order."""
+
+Prompt = str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One question of a benchmark. `prompt` is text, or chat messages."""
+
+    id: str
+    prompt: Prompt
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Benchmark:
+    """A benchmark, ready to be asked."""
+
+    name: str
+    problems: Sequence[Problem]
+    num_samples: int = 1
+    """Answers that each problem is usually given."""
+    template: str = "{question}"
+    """What the text of a question is put into."""
+    is_registered: bool = False
+
+    def digest(self) -> str:
+        """A short digest of questions and answers, in their order."""
+        rows = [(problem.id, problem.prompt, problem.answer) for problem in self.problems]
+        return hashlib.blake2b(json.dumps(rows, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def load_benchmark(
+    given: str,
+    *,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+    num_problems: int | None = None,
+) -> Benchmark:
+    """A benchmark of the registry, a local copy of one (`math500=copy.parquet`), or a JSONL, JSON or Parquet file.
+
+    Args:
+        question_column, answer_column: in place of the registry's, or of the first of the usual names that is there.
+        num_problems: the first so many.
+
+    Raises: ConfigError for a name that is no benchmark and no file; DataError for rows that cannot be used.
+    """
+    name, equals, copy = given.partition("=")
+    spec = spec_of(name)
+    if equals and spec is None and not Path(given).exists():
+        raise ConfigError(f"{given!r}: {name!r} is no benchmark of the registry{_known(name)}")
+    if spec is not None and (equals or not Path(given).exists()):
+        rows = read_rows(copy or spec.hub_id, None if copy else spec.split, setting=f"benchmark {name}")
+        return Benchmark(
+            name=canonical(name),
+            problems=_registered(spec, rows, question_column, answer_column)[:num_problems],
+            num_samples=spec.num_samples,
+            template=INSTRUCTION,
+            is_registered=True,
+        )
+    if not Path(given).expanduser().exists() and "/" not in given and not Path(given).suffix:
+        raise ConfigError(f"there is no benchmark {given!r}{_known(given)}")
+    rows = read_rows(given, setting="the benchmark")
+    return Benchmark(name=Path(given).stem, problems=_own(rows, question_column, answer_column)[:num_problems])
+
+
+def benchmark_prompts(given: str) -> list[str]:
+    """The texts of all questions of a benchmark, as they stand in it."""
+    return [_text(problem.prompt) for problem in load_benchmark(given).problems]
+
+
+def _known(name: str) -> str:
+    return f"{nearest(name, list(REGISTRY))}; known: {', '.join(REGISTRY)}; or give a .jsonl, .json or .parquet file"
+
+
+def _registered(
+    spec: BenchmarkSpec, rows: Rows, question_column: str | None, answer_column: str | None
+) -> list[Problem]:
+    problems = []
+    for number, (place, row) in enumerate(zip(rows.places, rows, strict=True)):
+        question = _value(row, question_column or spec.question_column, place, "question")
+        raw = _value(row, answer_column or spec.answer_column, place, "answer")
+        identity = row.get(spec.id_column) if spec.id_column else None
+        problems.append(
+            Problem(id=str(number if identity is None else identity), prompt=str(question), answer=spec.answer_of(raw))
+        )
+    return problems
+
+
+def _own(rows: Rows, question_column: str | None, answer_column: str | None) -> list[Problem]:
+    columns = {column for row in rows for column in row}
+    question = question_column or next((name for name in QUESTION_COLUMNS if name in columns), QUESTION_COLUMNS[0])
+    answer = answer_column or next((name for name in ANSWER_COLUMNS if name in columns), ANSWER_COLUMNS[0])
+    problems = []
+    for number, (place, row) in enumerate(zip(rows.places, rows, strict=True)):
+        prompt = _value(row, question, place, "question")
+        if not isinstance(prompt, str | list):
+            raise DataError(f"{place}: {question!r} is {prompt!r:.80}; a question is a text or a list of chat messages")
+        raw = _value(row, answer, place, "answer")
+        problems.append(Problem(id=str(row.get("id", number)), prompt=prompt, answer=plain_answer(raw)))
+    return problems
+
+
+def _value(row: Mapping[str, Any], column: str, place: Place, what: str) -> Any:
+    value = row.get(column)
+    if value is None or value in ("", []):
+        known = ", ".join(map(repr, row))
+        flag = "--prompt-column" if what == "question" else "--answer-column"
+        raise DataError(
+            f"{place}: no {what} in the column {column!r}; the row has {known}. Name the column with {flag}, or "
+            "remove the row"
+        )
+    return value
+
+
+def _text(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(str(message.get("content", "")) for message in prompt if message.get("role") == "user")

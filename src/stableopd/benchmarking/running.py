@@ -1,0 +1,251 @@
+"""Asks a model the questions of a benchmark, judges its answers, and keeps both."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+import stableopd
+from stableopd.benchmarking.cache import Answer, AnswerStore, key_of
+from stableopd.benchmarking.loading import Benchmark, load_benchmark
+from stableopd.benchmarking.results import EvalResult, EvalSettings, PromptResult
+from stableopd.benchmarking.timed import Judged, TimedJudge
+from stableopd.checkpoint import checkpoint_path, checkpoint_steps
+from stableopd.config import ModelConfig
+from stableopd.data import load_examples
+from stableopd.errors import ConfigError, ModelError
+from stableopd.evaluate import decode
+from stableopd.health.signals import repetition_rate
+from stableopd.lines import write_atomically
+from stableopd.models import context_length, digest_of_weights, load_model, load_tokenizer
+from stableopd.rollout.hf import HFEngine
+from stableopd.types import Example, Sampling
+from stableopd.vocabulary import end_token_ids, pad_token_id, vocab_size
+
+DEFAULT_LONGEST = 4_096
+"""Longest answer where none is asked for and the model's context has room, in tokens."""
+Progress = Callable[[str, int, int], None]
+"""(what is being done, done so far, in all)"""
+
+
+def evaluate_model(
+    settings: EvalSettings, out: Path, progress: Progress = lambda what, done, total: None
+) -> EvalResult:
+    """The result of a model on a benchmark, from the cache under `out` as far as it is there.
+
+    Answers are kept by weights, prompts and sampling: what was generated is never generated again, another judge or
+    fewer samples take the same answers, and an evaluation that was killed goes on where it was. An answer depends on
+    (seed, number of the question, number of the answer) alone.
+
+    Raises: ConfigError, DataError or ModelError when it cannot be made.
+    """
+    benchmark = load_benchmark(
+        settings.benchmark,
+        question_column=settings.question_column,
+        answer_column=settings.answer_column,
+        num_problems=settings.num_problems,
+    )
+    with TimedJudge(
+        settings.judge, timeout_s=settings.judge_timeout_s, num_workers=min(4, os.cpu_count() or 1), setting="--judge"
+    ) as judge:
+        judge.start()  # one that cannot be had is told before hours of answers
+        progress("loading the model", 0, 1)
+        model, tokenizer = _load(settings)
+        examples = _examples(benchmark, settings, model, tokenizer)
+        settings = replace(settings, max_completion_length=_longest_answer(settings, model, examples))
+        weights = digest_of_weights(model)
+        store = AnswerStore(out / _folder_name(settings, benchmark, weights, examples))
+        began = time.perf_counter()
+        generated = _generate(model, tokenizer, settings, examples, store, progress)
+        seconds = time.perf_counter() - began if generated else 0.0
+        prompts = _judge(benchmark, settings, store, judge, progress)
+    result = EvalResult(
+        settings=settings,
+        benchmark=benchmark.name,
+        benchmark_digest=benchmark.digest(),
+        weights_digest=weights,
+        version=stableopd.__version__,
+        prompts=prompts,
+        num_tokens=sum(length for prompt in prompts for length in prompt.lengths),
+        generation_s=round(seconds, 3),
+    )
+    name = f"result-{settings.num_samples}-{key_of({'judge': settings.judge})}.json"
+    write_atomically(store.folder / name, result.dump())
+    return result
+
+
+def resolve_model(name: str) -> str:
+    """The folder or hub id to load: of a run folder its newest checkpoint, of anything else itself.
+
+    Raises: ModelError for a run folder without checkpoints.
+    """
+    folder = Path(name)
+    checkpoints = folder / "checkpoints"
+    if not checkpoints.is_dir() or (folder / "config.json").exists():
+        return name
+    steps = checkpoint_steps(checkpoints)
+    if not steps:
+        raise ModelError(f"{name} is a run folder without checkpoints; there is no model in it yet")
+    return str(checkpoint_path(checkpoints, max(steps)))
+
+
+def _load(settings: EvalSettings) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    source = ModelConfig(
+        model_name_or_path=resolve_model(settings.model), revision=settings.revision, dtype=settings.dtype
+    )
+    tokenizer = load_tokenizer(source, "model")
+    model = load_model(source, "model").eval()
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(device), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _examples(
+    benchmark: Benchmark, settings: EvalSettings, model: nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
+    chat = settings.chat and bool(tokenizer.chat_template)
+    rows = []
+    for problem in benchmark.problems:
+        prompt = problem.prompt
+        if isinstance(prompt, str):
+            prompt = settings.template.replace("{question}", prompt)
+            prompt = [{"role": "user", "content": prompt}] if chat else prompt
+        rows.append({"prompt": prompt, "answer": problem.answer})
+    context = context_length(model.config)
+    room = None if context is None else context - (settings.max_completion_length or 1)
+    if room is not None and room <= 0:
+        raise ConfigError(
+            f"--max-completion-length is {settings.max_completion_length}, but the model reads {context} tokens, "
+            "prompt included; lower it"
+        )
+    return load_examples(
+        rows,
+        tokenizer,
+        source=benchmark.name,
+        max_prompt_tokens=room,
+        chat_template_kwargs=settings.chat_template_kwargs,
+    )
+
+
+def _longest_answer(settings: EvalSettings, model: nn.Module, examples: Sequence[Example]) -> int:
+    if settings.max_completion_length is not None:
+        return settings.max_completion_length
+    context = context_length(model.config)
+    longest = max(len(example.prompt_ids) for example in examples)
+    return DEFAULT_LONGEST if context is None else min(DEFAULT_LONGEST, context - longest)
+
+
+def _folder_name(settings: EvalSettings, benchmark: Benchmark, weights: str, examples: Sequence[Example]) -> str:
+    """MODEL-WEIGHTS/BENCHMARK-KEY: readable, and another one wherever an answer could be another."""
+    sampling = {
+        "prompts": key_of({"ids": [example.prompt_ids for example in examples]}),
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "max_completion_length": settings.max_completion_length,
+        "seed": settings.seed if settings.temperature else 0,
+        "dtype": settings.dtype,
+    }
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", settings.model).strip("_.")[-60:]
+    return f"{name}-{weights[:8]}/{re.sub(r'[^A-Za-z0-9_.-]+', '_', benchmark.name)}-{key_of(sampling)}"
+
+
+def _generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvalSettings,
+    examples: Sequence[Example],
+    store: AnswerStore,
+    progress: Progress,
+) -> bool:
+    """Fill the store; whether there was anything to generate."""
+    missing = store.missing(len(examples), settings.num_samples)
+    ends = end_token_ids(tokenizer, getattr(model, "generation_config", None))
+    engine = HFEngine(
+        model=model,
+        end_token_ids=ends,
+        pad_token_id=pad_token_id(tokenizer),
+        vocab_size=vocab_size(tokenizer),
+        max_batch_size=settings.batch_size,
+        autocast=nullcontext,
+        tokenizer=tokenizer,
+    )
+    assert settings.max_completion_length is not None
+    sampling = Sampling(
+        max_new_tokens=settings.max_completion_length,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        num_generations=settings.num_samples,
+        seed=settings.seed,
+    )
+    # A few slots' worth at a time: the engine refills slots as answers end, and little is lost to a kill.
+    at_once = max(1, 4 * settings.batch_size // settings.num_samples)
+    done = len(examples) - len(missing)
+    progress("answering", done, len(examples))
+    for start in range(0, len(missing), at_once):
+        numbers = missing[start : start + at_once]
+        asked = [examples[number] for number in numbers]
+        completions = decode(engine.generate(asked, sampling, step=0), asked, tokenizer, ends)
+        for place, completion in enumerate(completions):
+            store.add(
+                Answer(
+                    prompt=numbers[place // settings.num_samples],
+                    sample=place % settings.num_samples,
+                    text=completion.text,
+                    num_tokens=completion.num_tokens,
+                    finish_reason=completion.finish_reason,
+                )
+            )
+        done += len(numbers)
+        progress("answering", done, len(examples))
+    return bool(missing)
+
+
+def _judge(
+    benchmark: Benchmark, settings: EvalSettings, store: AnswerStore, judge: TimedJudge, progress: Progress
+) -> list[PromptResult]:
+    results = []
+    for number, problem in enumerate(benchmark.problems):
+        answers = [store.answers[number, sample] for sample in range(settings.num_samples)]
+        verdicts = judge.judge_all([(answer.text, problem.answer) for answer in answers])
+        results.append(_result(problem.id, problem.answer, answers, verdicts, settings))
+        progress("judging", number + 1, len(benchmark.problems))
+    return results
+
+
+def _result(
+    identity: str, answer: str, answers: Sequence[Answer], verdicts: Sequence[Judged], settings: EvalSettings
+) -> PromptResult:
+    return PromptResult(
+        id=identity,
+        answer=answer,
+        right=[verdict.right for verdict in verdicts],
+        votes=[verdict.vote for verdict in verdicts],
+        lengths=[one.num_tokens for one in answers],
+        finish_reasons=[one.finish_reason for one in answers],
+        repetitive=[
+            repetition_rate([one.text], settings.tail_chars, settings.compression_threshold) > 0 for one in answers
+        ],
+        failures=[verdict.failure for verdict in verdicts],
+    )
+
+
+def read_result(path: Path) -> EvalResult:
+    """A stored result. Raises: ConfigError when it is none."""
+    try:
+        return EvalResult.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no stored evaluation: {error}") from error

@@ -1,0 +1,186 @@
+"""A judge that may hang, raise or crash: asked in a process of its own, for so long, and counted when it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, Literal
+
+from stableopd.errors import ConfigError
+from stableopd.judges import get_judge
+
+Failure = Literal["timeout", "error"]
+_START_S = 120.0
+"""Longest that a judge's module may take to be imported."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """What became of one answer. One that could not be judged is wrong, and `failure` says why."""
+
+    right: bool
+    vote: str | None = None
+    """What this answer counts as where answers are compared with each other; None: it gives none."""
+    failure: Failure | None = None
+    message: str = ""
+
+
+class JudgeFailedError(Exception):
+    """The judge gave no verdict; `failure` is `timeout` or `error`."""
+
+    def __init__(self, failure: Failure, message: str) -> None:
+        super().__init__(message)
+        self.failure = failure
+
+
+class TimedJudge:
+    """A judge by name, asked through processes that are replaced when they take too long or die.
+
+    Works where a signal would not: in threads, and for a judge that hangs in C or swallows exceptions. `exact` needs
+    none of that and is asked directly. Callable like any judge; then it raises JudgeFailedError.
+
+    Args:
+        name: `exact`, `math`, or `package.module:function`.
+        timeout_s: for one answer.
+        num_workers: processes, started when they are first needed.
+        setting: names the judge in errors.
+
+    Raises: ConfigError or MissingDependencyError when there is no such judge.
+    """
+
+    def __init__(self, name: str, *, timeout_s: float = 10.0, num_workers: int = 1, setting: str = "judge") -> None:
+        self.name, self.timeout_s, self.setting = name, timeout_s, setting
+        self._direct = get_judge(name, setting) if name == "exact" else None
+        self._pool: SimpleQueue[_Worker] = SimpleQueue()
+        self._workers = [] if self._direct else [_Worker(name, setting) for _ in range(num_workers)]
+        for worker in self._workers:
+            self._pool.put(worker)
+
+    def start(self) -> None:
+        """Raises: ConfigError when the judge cannot be had, which is else found out when it is first asked."""
+        for worker in self._workers[:1]:
+            worker.start()
+
+    def judge(self, completion: str, answer: str) -> Judged:
+        """The verdict on one answer. Never raises because of the answer."""
+        if self._direct is not None:
+            return Judged(right=self._direct(completion, answer), vote=completion.strip() or None)
+        worker = self._pool.get()
+        try:
+            return worker.ask(completion, answer, self.timeout_s)
+        finally:
+            self._pool.put(worker)
+
+    def judge_all(self, asked: Sequence[tuple[str, str]]) -> list[Judged]:
+        """Verdicts on (completion, answer) pairs, in their order."""
+        if len(self._workers) < 2:
+            return [self.judge(completion, answer) for completion, answer in asked]
+        with ThreadPoolExecutor(len(self._workers)) as pool:
+            return list(pool.map(lambda pair: self.judge(*pair), asked))
+
+    def __call__(self, completion: str, answer: str) -> bool:
+        """Raises: JudgeFailedError when there is no verdict."""
+        found = self.judge(completion, answer)
+        if found.failure is not None:
+            raise JudgeFailedError(found.failure, found.message)
+        return found.right
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+
+    def __enter__(self) -> TimedJudge:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class _Worker:
+    """One process, started when first asked and again after it was killed or died."""
+
+    def __init__(self, name: str, setting: str) -> None:
+        self._name, self._setting = name, setting
+        self._process: subprocess.Popen[bytes] | None = None
+        self._rest = b""
+
+    def ask(self, completion: str, answer: str, timeout_s: float) -> Judged:
+        process = self.start()
+        assert process.stdin is not None
+        line = json.dumps({"completion": completion, "answer": answer}) + "\n"
+        try:
+            process.stdin.write(line.encode())
+            process.stdin.flush()
+        except (BrokenPipeError, OSError):
+            return self._lost(process)
+        reply = self._read(process, timeout_s)
+        if reply is None:
+            self.kill()
+            return Judged(right=False, failure="timeout", message=f"no verdict within {timeout_s:g} s")
+        if reply == b"":
+            return self._lost(process)
+        found: dict[str, Any] = json.loads(reply)
+        if "error" in found:
+            return Judged(right=False, failure="error", message=found["error"])
+        return Judged(right=found["right"], vote=found["vote"])
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """The process, begun where there is none. Raises: ConfigError when the judge cannot be had."""
+        if self._process is not None:
+            return self._process
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stableopd.benchmarking.judge_worker", self._name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for the one who asks
+        )
+        self._process, self._rest = process, b""
+        reply = self._read(process, _START_S)
+        if not reply or "ready" not in json.loads(reply):
+            self.kill()
+            why = json.loads(reply)["error"] if reply else f"it was not ready within {_START_S:g} s"
+            raise ConfigError(f"{self._setting}: the judge {self._name!r} cannot be used: {why}")
+        return process
+
+    def _read(self, process: subprocess.Popen[bytes], timeout_s: float) -> bytes | None:
+        """One line; None when there is none in time, nothing when the process has died."""
+        assert process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._rest:
+                if not selector.select(timeout_s):
+                    return None
+                chunk = os.read(process.stdout.fileno(), 1 << 16)
+                if not chunk:
+                    return b""
+                self._rest += chunk
+        line, _, self._rest = self._rest.partition(b"\n")
+        return line
+
+    def _lost(self, process: subprocess.Popen[bytes]) -> Judged:
+        self.kill()
+        return Judged(right=False, failure="error", message=f"the judge's process ended with {process.returncode}")
+
+    def kill(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def __del__(self) -> None:
+        if self._process is not None:
+            self.kill()

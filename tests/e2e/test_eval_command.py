@@ -1,0 +1,235 @@
+"""`stableopd eval` as a user runs it, on real checkpoints."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stableopd.benchmarking.loading import load_benchmark
+from stableopd.benchmarking.results import EvalSettings
+from stableopd.benchmarking.running import evaluate_model, read_result, resolve_model
+from stableopd.errors import ConfigError, DataError, ModelError
+from stableopd.rollout.hf import HFEngine
+
+JUDGE = "stableopd.toy.task:judge"
+
+
+@pytest.fixture
+def settings(checkpoints, dataset) -> EvalSettings:
+    return EvalSettings(
+        model=str(checkpoints / "student"),
+        benchmark=str(dataset / "validation.jsonl"),
+        num_samples=4,
+        max_completion_length=10,
+        judge=JUDGE,
+        batch_size=8,
+        num_problems=12,
+        seed=3,
+    )
+
+
+def with_(settings: EvalSettings, **changes) -> EvalSettings:
+    from dataclasses import replace
+
+    return replace(settings, **changes)
+
+
+def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stableopd", "eval", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+
+
+def generations(monkeypatch) -> list[int]:
+    """Numbers of prompts that the engine is asked for from now on."""
+    asked: list[int] = []
+    generate = HFEngine.generate
+
+    def counted(self, examples, *arguments, **keywords):
+        asked.append(len(examples))
+        return generate(self, examples, *arguments, **keywords)
+
+    monkeypatch.setattr(HFEngine, "generate", counted)
+    return asked
+
+
+def test_a_model_is_asked_and_judged_and_everything_is_stored(settings, tmp_path):
+    result = evaluate_model(settings, tmp_path)
+    assert len(result.prompts) == 12
+    figures = result.figures
+    assert list(figures) == [
+        "avg@4", "pass@2", "pass@4", "maj@4", "length", "truncated_fraction", "repetition_rate",
+    ]  # fmt: skip
+    right = [sum(prompt.right) / 4 for prompt in result.prompts]
+    assert figures["avg@4"].value == pytest.approx(sum(right) / 12)
+    assert figures["pass@4"].value == pytest.approx(sum(share > 0 for share in right) / 12)
+    assert figures["avg@4"].low <= figures["avg@4"].value <= figures["avg@4"].high
+    (stored,) = tmp_path.rglob("result-*.json")
+    assert read_result(stored) == result
+    assert json.loads(stored.read_text())["settings"]["temperature"] == 0.6
+    lines = [json.loads(line) for line in (stored.parent / "completions.jsonl").read_text().splitlines()]
+    assert len(lines) == 48
+    assert max(line["num_tokens"] for line in lines) <= 10
+
+
+def test_what_was_generated_is_not_generated_again(settings, tmp_path, monkeypatch):
+    first = evaluate_model(settings, tmp_path)
+    asked = generations(monkeypatch)
+    again = evaluate_model(with_(settings, batch_size=3), tmp_path)
+    assert (again.prompts, again.generation_s) == (first.prompts, 0.0)
+    fewer = evaluate_model(with_(settings, num_samples=2), tmp_path)
+    assert [prompt.right for prompt in fewer.prompts] == [prompt.right[:2] for prompt in first.prompts]
+    other = evaluate_model(with_(settings, judge="exact"), tmp_path)
+    assert [prompt.lengths for prompt in other.prompts] == [prompt.lengths for prompt in first.prompts]
+    assert asked == []
+    evaluate_model(with_(settings, num_samples=5), tmp_path)
+    assert sum(asked) == 12
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"temperature": 0.9}, {"max_completion_length": 9}, {"top_p": 0.5}])
+def test_answers_are_kept_apart_wherever_they_could_differ(settings, tmp_path, monkeypatch, change):
+    evaluate_model(settings, tmp_path)
+    asked = generations(monkeypatch)
+    evaluate_model(with_(settings, **change), tmp_path)
+    assert sum(asked) == 12
+
+
+def test_other_weights_are_another_model(settings, checkpoints, tmp_path, monkeypatch):
+    evaluate_model(settings, tmp_path)
+    asked = generations(monkeypatch)
+    evaluate_model(with_(settings, model=str(checkpoints / "teacher")), tmp_path)
+    assert sum(asked) == 12
+
+
+def test_an_evaluation_that_was_cut_off_goes_on_to_the_same_answers(settings, tmp_path, monkeypatch):
+    small = with_(settings, batch_size=2)
+    whole = evaluate_model(small, tmp_path / "whole")
+    generate, calls = HFEngine.generate, []
+
+    def failing(self, *arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(self, *arguments, **keywords)
+
+    monkeypatch.setattr(HFEngine, "generate", failing)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_model(small, tmp_path / "cut")
+    (path,) = (tmp_path / "cut").rglob("completions.jsonl")
+    assert 0 < len(path.read_text().splitlines()) < 48
+    path.write_text(path.read_text()[:-7])  # a torn line
+    assert evaluate_model(small, tmp_path / "cut").prompts == whole.prompts
+
+
+def test_greedy_answers_do_not_depend_on_the_seed(settings, tmp_path, monkeypatch):
+    greedy = with_(settings, temperature=0.0, num_samples=1)
+    first = evaluate_model(greedy, tmp_path)
+    asked = generations(monkeypatch)
+    assert evaluate_model(with_(greedy, seed=9), tmp_path).prompts == first.prompts
+    assert asked == []
+    assert next(iter(first.figures)) == "accuracy"
+
+
+def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path, checkpoints):
+    for step in (9, 10):
+        (tmp_path / "run" / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    for step in (9, 10):
+        folder = tmp_path / "run" / "checkpoints" / f"step-{step:06d}"
+        (folder / "state.json").write_text("{}")
+    resolved = resolve_model(str(tmp_path / "run"))
+    assert resolved.endswith("step-000010") or not resolved.endswith("step-000009")
+    assert resolve_model(str(checkpoints / "student")) == str(checkpoints / "student")
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ModelError, match="without checkpoints"):
+        resolve_model(str(tmp_path / "empty"))
+
+
+def test_questions_without_room_for_an_answer_are_refused(settings, tmp_path):
+    with pytest.raises(ConfigError, match="lower it"):
+        evaluate_model(with_(settings, max_completion_length=100_000), tmp_path)
+    with pytest.raises(DataError, match="too long"):
+        evaluate_model(with_(settings, max_completion_length=254), tmp_path)
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_table_or_json_and_takes_several_benchmarks(checkpoints, dataset, tmp_path):
+    copy = tmp_path / "more.jsonl"
+    copy.write_text(json.dumps({"question": "1234:", "answer": "0"}) + "\n")
+    both = ["--benchmark", dataset / "validation.jsonl", "--benchmark", copy]
+    common = [checkpoints / "student", *both, "--samples", 2, "--max-completion-length", 8, "--judge", JUDGE]
+    table = run(*common, cwd=tmp_path)
+    assert table.returncode == 0, table.stderr
+    for words in ("validation", "more", "avg@2", "pass@2", "maj@2", "95% interval", "mean of 2 benchmarks", "seed 0"):
+        assert words in table.stdout
+    document = run(*common, "--json", cwd=tmp_path)
+    found = json.loads(document.stdout)
+    assert [result["benchmark"] for result in found] == ["validation", "more"]
+    assert found[0]["generation_s"] == 0.0
+    assert found[0]["figures"]["avg@2"]["value"] == pytest.approx(
+        sum(sum(prompt["right"]) for prompt in found[0]["prompts"]) / (2 * len(found[0]["prompts"]))
+    )
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_the_command_goes_on(checkpoints, dataset, tmp_path):
+    arguments = [
+        checkpoints / "teacher", "--benchmark", dataset / "validation.jsonl", "--samples", 4, "--judge", JUDGE,
+        "--max-completion-length", 60, "--batch-size", 4,
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "stableopd", "eval", *map(str, arguments)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("completions.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = run(*arguments, "--json", cwd=tmp_path)
+    fresh = run(*arguments, "--json", "--out", "fresh", cwd=tmp_path)
+    assert json.loads(resumed.stdout)[0]["prompts"] == json.loads(fresh.stdout)[0]["prompts"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["/no/such/model", "--benchmark", "{data}"], "no folder"),
+        (["{model}", "--benchmark", "math50"], "did you mean 'math500'"),
+        (["{model}", "--benchmark", "absent.jsonl"], "does not exist"),
+        (["{model}", "--benchmark", "{data}", "--judge", "no.such:judge"], "--judge"),
+        (["{model}", "--benchmark", "{data}", "--dtype", "int3"], "--dtype"),
+        (["{model}", "--benchmark", "{data}", "--answer-column", "nope"], "--answer-column"),
+        (["{model}", "--benchmark", "{data}", "--device", "nowhere"], "--device"),
+    ],
+)
+def test_bad_input_is_one_message_and_leaves_nothing(checkpoints, dataset, tmp_path, arguments, words):
+    filled = [a.format(model=checkpoints / "student", data=dataset / "validation.jsonl") for a in arguments]
+    done = run(*filled, cwd=tmp_path)
+    assert done.returncode == 2
+    assert words in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_the_benchmarks_questions_go_through_the_chat_template_where_there_is_one(settings, tmp_path, tokenizer):
+    from stableopd.benchmarking import running
+
+    class Config:
+        max_position_embeddings = 256
+
+    class Model:
+        config = Config()
+
+    chatty = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="$", pad_token="_")
+    chatty.chat_template = (
+        "{% for m in messages %}:{{ m.content }}{% endfor %}{% if add_generation_prompt %};{% endif %}"
+    )
+    benchmark = load_benchmark(settings.benchmark, num_problems=2)
+    asked = running._examples(benchmark, settings, Model(), chatty)
+    assert [one.prompt for one in asked] == [f":{problem.prompt};" for problem in benchmark.problems]
+    plain = running._examples(benchmark, with_(settings, chat=False), Model(), chatty)
+    assert [one.prompt for one in plain] == [problem.prompt for problem in benchmark.problems]
