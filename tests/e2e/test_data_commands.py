@@ -40,8 +40,8 @@ def source(tmp_path_factory) -> Path:
     """A folder of Parquet files with the columns of OpenR1-Math-220k, in the alphabet of the toy's tokenizer."""
     folder, chance = tmp_path_factory.mktemp("openr1"), random.Random(1)
     for number in range(2):
-        rows = [_row(chance, f"id {number} {index}") for index in range(2_000)]
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"train-{number:05d}-of-00002.parquet", row_group_size=500)
+        rows = [_row(chance, f"id {number} {index}") for index in range(800)]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"train-{number:05d}-of-00002.parquet", row_group_size=300)
     return folder
 
 

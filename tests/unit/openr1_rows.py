@@ -107,6 +107,7 @@ def killed_at(work: Callable[[], object], number: int) -> bool:
     """Runs `work` in a process that is killed at its `number`-th file operation; whether it got to its end before."""
     child = os.fork()
     if child == 0:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not there after a fork
         left = iter(range(number - 1, -1, -1))
 
         def deadly(operation: Callable[..., Any]) -> Callable[..., Any]:

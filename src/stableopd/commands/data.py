@@ -85,7 +85,6 @@ def openr1(
 
     if cold_start_fraction is not None and num_cold_start is not None:
         raise ConfigError("--cold-start-fraction and --num-cold-start are both given; give one of them")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # counting tokens is nearly all of the work
     quiet_libraries()
     recipe = Recipe(
         screening=Screening(
@@ -106,7 +105,11 @@ def openr1(
         counter = load_tokenizer(ModelConfig(model_name_or_path=tokenizer), "student")
         rows = open_source(source, columns=COLUMNS)
         total = rows.num_rows()
-    with _judge("math" if judge == "math" else None) as judging, _bar(_least(total, limit), "rows") as on_rows:
+    with (
+        _judge("math" if judge == "math" else None) as judging,
+        _all_cores(),
+        _bar(_least(total, limit), "rows") as on_rows,
+    ):
         names = {"dataset": source, "tokenizer": tokenizer}
         card = make_parts(rows, counter, recipe, out, judge=judging, names=names, on_rows=on_rows)
     _print_card(console, card, out)
@@ -242,6 +245,17 @@ def _judge(name: str | None) -> Iterator[Any]:
     with TimedJudge(name, setting="--judge") as judge:
         judge.start()
         yield judge
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Tokenizers may use several threads, as counting tokens is nearly all of the work, and nothing forks."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
 
 
 @contextmanager

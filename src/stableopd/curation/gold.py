@@ -54,6 +54,7 @@ class GoldWork:
         """
         finished = self.result.finished()
         if finished is not None:
+            self.judge.close()
             return finished
         generation_config = getattr(self.model, "generation_config", None)
         ends = end_token_ids(self.tokenizer, generation_config) | {*self.config.rollout.stop_token_ids}
