@@ -76,6 +76,7 @@ def test_data_made_from_openr1_trains(invoke, source, checkpoints, tokenizer, tm
     assert card["settings"]["max_gold_tokens"] == 100
 
 
+@pytest.mark.slow
 def test_killed_by_the_system_the_same_command_goes_on_to_the_same_bytes(invoke, source, checkpoints, tmp_path):
     options = ("openr1", "--source", source, "--tokenizer", checkpoints / "student", "--prompt-format", "text", "--out")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
