@@ -89,9 +89,8 @@ def _summary(pairs: list[dict[str, RunRecord]]) -> dict[str, float]:
     for method in METHODS:
         runs = [pair[method] for pair in pairs]
         summary[f"{method}_collapsed"] = sum(run.verdict.status == "collapsed" for run in runs)
-        summary[f"{method}_collapsed_on_the_way"] = sum(
-            collapse_step(run.metrics, "validation") is not None for run in runs
-        )
+        begun = [collapse_step(run.metrics, "validation") for run in runs]
+        summary[f"{method}_collapsed_on_the_way"] = sum(step is not None for step in begun)
         summary[f"{method}_best_accuracy"] = round(statistics.mean(max(_accuracy(run)) for run in runs), 4)
         summary[f"{method}_end_accuracy"] = round(statistics.mean(_accuracy(run)[-1] for run in runs), 4)
     return summary

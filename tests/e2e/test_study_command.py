@@ -97,7 +97,10 @@ def test_what_is_finished_is_not_repeated_and_json_alone_goes_to_standard_output
     assert again.returncode == 1
     document = json.loads(again.stdout)
     assert (document["num_finished"], document["num_runs"]) == (2, 3)
-    assert [failure["name"] for failure in document["failures"]] == ["run runs/pair/broken/seed-0"]
+    assert {failure["name"]: failure["status"] for failure in document["failures"]} == {
+        "run runs/pair/broken/seed-0": "failed",
+        "answers runs/pair/broken/seed-0": "skipped",
+    }
     assert (folder / "out" / "runs" / "pair" / "opd" / "seed-0" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
