@@ -44,8 +44,8 @@ def note(run: StudyRun) -> str:
         f"accuracy: {what}, with {share} bootstrap intervals over pairs, seeds and prompts; difference from {base} on "
         "the same pairs, seeds and prompts; better: runs that beat their twin there; best, late: highest evaluation of "
         f"the run, mean of those in its last {late}; greedy, cut off: accuracy of greedy answers at the end and the "
-        "share that ran into the limit; collapsed: held-out accuracy fell by more than 0.15 while more than half of the greedy "
-        "answers were cut off (in brackets: still so at the end)"
+        "share that ran into the limit; collapsed: held-out accuracy fell by more than 0.15 while more than half of "
+        "the greedy answers were cut off (in brackets: still so at the end)"
     )
 
 
