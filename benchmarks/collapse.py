@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from stableopd.console import quiet_libraries
-from stableopd.health.verdict import ACCURACY_DROP, EVAL_TRUNCATION
+from stableopd.health.verdict import collapse_step
 from stableopd.runfolder import RunRecord, read_run
 from stableopd.toy.build import train_student, train_teacher
 from stableopd.toy.demo import METHODS, TOKENIZER, DemoSettings, one_thread, run_side_by_side, write_world
@@ -84,23 +84,13 @@ def _verdict(run: RunRecord) -> str:
     return status if step is None else f"{status}, step {step}"
 
 
-def _ever_collapsed(run: RunRecord) -> bool:
-    """At some evaluation accuracy was > 0.15 below its best so far, and more than half of greedy answers cut off."""
-    cut_off = dict(run.series("eval/validation_greedy/truncation_rate"))
-    best = 0.0
-    for step, accuracy in run.series("eval/validation/accuracy"):
-        best = max(best, accuracy)
-        if best - accuracy > ACCURACY_DROP and cut_off[step] > EVAL_TRUNCATION:
-            return True
-    return False
-
-
 def _summary(pairs: list[dict[str, RunRecord]]) -> dict[str, float]:
     summary: dict[str, float] = {"pairs": len(pairs)}
     for method in METHODS:
         runs = [pair[method] for pair in pairs]
         summary[f"{method}_collapsed"] = sum(run.verdict.status == "collapsed" for run in runs)
-        summary[f"{method}_collapsed_on_the_way"] = sum(_ever_collapsed(run) for run in runs)
+        begun = [collapse_step(run.metrics, "validation") for run in runs]
+        summary[f"{method}_collapsed_on_the_way"] = sum(step is not None for step in begun)
         summary[f"{method}_best_accuracy"] = round(statistics.mean(max(_accuracy(run)) for run in runs), 4)
         summary[f"{method}_end_accuracy"] = round(statistics.mean(_accuracy(run)[-1] for run in runs), 4)
     return summary

@@ -21,8 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from early_warning import ever_collapsed
 from stableopd.console import quiet_libraries
+from stableopd.health.verdict import collapse_step
 from stableopd.runfolder import RunRecord, read_run
 from toy_runs import Pair, Run, build_pairs, finish
 
@@ -79,7 +79,7 @@ def _cell(run: Run, root: Path) -> str:
     cut_off = record.series("eval/validation_greedy/truncation_rate")[-1][1]
     actions = Counter(alert.action for alert in record.alerts if alert.rule == "controller")
     done = ", ".join(f"{count} {action}" for action, count in actions.items())
-    collapsed = " C" if ever_collapsed(record.metrics) else ""
+    collapsed = " C" if collapse_step(record.metrics, "validation") is not None else ""
     return f"{accuracy:.3f} / {cut_off:.2f}{collapsed}" + (f" ({done})" if done else "")
 
 
@@ -97,7 +97,7 @@ def _summary(runs: list[Run], root: Path) -> dict[str, float]:
         "worst_late_accuracy": round(min(late), 4),
         "end_accuracy": round(statistics.mean(ends), 4),
         "end_greedy_accuracy": round(statistics.mean(greedy), 4),
-        "collapsed_on_the_way": sum(ever_collapsed(record.metrics) for record in records),
+        "collapsed_on_the_way": sum(collapse_step(record.metrics, "validation") is not None for record in records),
         "collapsed_at_the_end": sum(record.verdict.status == "collapsed" for record in records),
     }
 

@@ -15,13 +15,14 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stableopd.console import quiet_libraries
 from stableopd.health import HealthMonitor, MonitorSettings
+from stableopd.health.verdict import collapse_step
 from stableopd.runfolder import read_run
 from stableopd.toy.demo import COMPRESSION_THRESHOLD, TAIL_CHARS
 from stableopd.types import Alert
@@ -102,20 +103,8 @@ def _outcome(run: Run, root: Path, without: Iterable[str]) -> Outcome:
                 fell_at = step
     return Outcome(
         run=f"{run.pair.name}/{run.name}", method=run.method, steps=len(record.metrics) - 1, fell_at=fell_at,
-        collapsed=ever_collapsed(record.metrics), alerts=alerts,
+        collapsed=collapse_step(record.metrics, "validation") is not None, alerts=alerts,
     )  # fmt: skip
-
-
-def ever_collapsed(rows: Iterable[Mapping[str, Any]]) -> bool:
-    """At some evaluation accuracy was > 0.15 below its best so far, and more than half of greedy answers cut off."""
-    best = 0.0
-    for row in rows:
-        accuracy = row.get("eval/validation/accuracy")
-        if accuracy is not None:
-            best = max(best, accuracy)
-            if accuracy < best - 0.15 and row["eval/validation_greedy/truncation_rate"] > 0.5:
-                return True
-    return False
 
 
 def _summary(outcomes: list[Outcome]) -> dict[str, Any]:

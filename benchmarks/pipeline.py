@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from controller import late_accuracy
-from early_warning import ever_collapsed
 from stableopd.console import quiet_libraries
+from stableopd.health.verdict import collapse_step
 from stableopd.runfolder import read_run
 from toy_runs import Pair, Run, build_pairs, finish
 
@@ -61,7 +61,7 @@ def main() -> None:
         found = {
             "late_accuracy": round(statistics.mean(late), 4),
             "by_pair": [round(value, 4) for value in late],
-            "collapsed_on_the_way": sum(ever_collapsed(record.metrics) for record in records),
+            "collapsed_on_the_way": sum(collapse_step(record.metrics, "validation") is not None for record in records),
             "step_s": round(seconds, 3),
         }
         summary[f"{method}, {name}"] = found

@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 from controller import late_accuracy
-from early_warning import ever_collapsed
 from stableopd.console import quiet_libraries
+from stableopd.health.verdict import collapse_step
 from stableopd.runfolder import read_run
 from toy_runs import Pair, Run, build_pairs, finish
 
@@ -56,7 +56,7 @@ def main() -> None:
             "tokens": round(tokens),
             "saved": round(1 - tokens / free, 3),
             "late_accuracy": round(statistics.mean(late_accuracy(record) for record in records), 4),
-            "collapsed_on_the_way": sum(ever_collapsed(record.metrics) for record in records),
+            "collapsed_on_the_way": sum(collapse_step(record.metrics, "validation") is not None for record in records),
         }
         summary[f"{method}, {repeats}"] = found
         print(

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from stableopd.benchmarking.timed import TimedJudge
 from stableopd.config import StableOPDConfig
 from stableopd.distributed import share_weights
 from stableopd.doctor.checkup import cheap_findings, refuse_fatal, student_side
@@ -94,7 +95,8 @@ def assemble(
         project_dir=str(config.run_dir),
     )
     check_processes(accelerator, config)
-    judge = get_judge(config.evaluation.judge)
+    get_judge(config.evaluation.judge)  # a name that is none is told before anything is loaded
+    judge = TimedJudge(config.evaluation.judge, timeout_s=config.evaluation.judge_timeout_s, setting="evaluation.judge")
     reward = get_judge(config.objective.reward.function, "objective.reward.function")
     tokenizer = processing_class or load_tokenizer(config.student, "student")
     student = model if isinstance(model, nn.Module) else load_model(config.student, "student")

@@ -13,6 +13,9 @@ RESAMPLES = 4_000
 Answers = Mapping[str, Sequence[Sequence[float]]]
 """By benchmark [R runs, Q prompts]: row r is the same run in all of them, column q the same prompt for all runs."""
 
+Factors = tuple[str, ...]
+"""Names of what a run is made of, such as its teacher and its student."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
@@ -28,17 +31,25 @@ class Estimate:
         return self.low is not None and self.high is not None and not self.low <= 0.0 <= self.high
 
 
-def mean_of_runs(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Estimate:
-    """The mean of one figure per run; runs are resampled. Raises: ValueError without runs."""
-    return mean_of_answers({"": [[value] for value in values]}, confidence=confidence, seed=seed)
+def mean_of_runs(
+    values: Sequence[float], *, factors: Sequence[Factors] | None = None, confidence: float = 0.95, seed: int = 0
+) -> Estimate:
+    """The mean of one figure per run; runs are resampled as `mean_of_answers` does. Raises: ValueError without runs."""
+    return mean_of_answers({"": [[value] for value in values]}, factors=factors, confidence=confidence, seed=seed)
 
 
-def mean_of_answers(answers: Answers, *, confidence: float = 0.95, seed: int = 0) -> Estimate:
+def mean_of_answers(
+    answers: Answers, *, factors: Sequence[Factors] | None = None, confidence: float = 0.95, seed: int = 0
+) -> Estimate:
     """The mean over benchmarks of the mean over runs and prompts.
 
     Runs and the prompts of each benchmark are resampled, independently of each other (the pigeonhole bootstrap of Owen,
     2007, arXiv 0712.1111), so that the interval speaks of new runs on new prompts. It errs on the wide side.
     A factor with one level is kept as it is: the interval of a single run speaks of new prompts only.
+
+    Args:
+        factors: what each run shares with others, such as (teacher, student): every factor is resampled by itself, so
+            that three runs with one student do not count as three students. Without it runs are independent.
 
     Raises: ValueError without runs or prompts, or for tables of different numbers of runs.
     """
@@ -49,14 +60,24 @@ def mean_of_answers(answers: Answers, *, confidence: float = 0.95, seed: int = 0
         raise ValueError("every benchmark must have been answered by the same runs")
     mean = float(np.mean([table.mean() for table in tables]))
     num_runs = len(tables[0])
-    if num_runs == 1 and all(table.shape[1] == 1 for table in tables):
-        return Estimate(mean=mean, low=None, high=None, num_runs=1)
-    means = _resampled_means(tables, np.random.default_rng(seed))
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    named = [(str(run),) for run in range(num_runs)] if factors is None else list(factors)
+    if len(named) != num_runs or len({len(one) for one in named}) != 1:
+        raise ValueError("factors must name the same factors for every run")
+    if len(set(named)) == 1 and all(table.shape[1] == 1 for table in tables):
+        return Estimate(mean=mean, low=None, high=None, num_runs=num_runs)
+    means = _resampled_means(tables, named, np.random.default_rng(seed))
+    low, high = np.nanquantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Estimate(mean=mean, low=float(low), high=float(high), num_runs=num_runs)
 
 
-def paired_difference(answers: Answers, other: Answers, *, confidence: float = 0.95, seed: int = 0) -> Estimate:
+def paired_difference(
+    answers: Answers,
+    other: Answers,
+    *,
+    factors: Sequence[Factors] | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
     """Mean of `answers` − `other`: row r of both is the same pair and seed, column q the same prompt.
 
     Raises: ValueError when benchmarks or shapes differ.
@@ -69,12 +90,19 @@ def paired_difference(answers: Answers, other: Answers, *, confidence: float = 0
         if first.shape != second.shape:
             raise ValueError(f"{name}: answers of shape {first.shape} cannot be paired with those of {second.shape}")
         differences[name] = (first - second).tolist()
-    return mean_of_answers(differences, confidence=confidence, seed=seed)
+    return mean_of_answers(differences, factors=factors, confidence=confidence, seed=seed)
 
 
-def _resampled_means(tables: Sequence[NDArray[np.float64]], rng: np.random.Generator) -> NDArray[np.float64]:
-    """[RESAMPLES]: runs are drawn once for all benchmarks, prompts for each."""
-    runs = _weights(rng, len(tables[0]))
+def _resampled_means(
+    tables: Sequence[NDArray[np.float64]], factors: Sequence[Factors], rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """[RESAMPLES]: runs are drawn once for all benchmarks, prompts for each; NaN where no run was drawn."""
+    runs = np.ones((RESAMPLES, len(factors)))
+    for levels in zip(*factors, strict=True):
+        names = list(dict.fromkeys(levels))
+        runs *= _weights(rng, len(names))[:, [names.index(level) for level in levels]]
+    total = runs.sum(axis=1, keepdims=True)
+    runs = np.divide(runs, total, out=np.full_like(runs, np.nan), where=total > 0)
     means = [((runs @ table) * _weights(rng, table.shape[1])).sum(axis=1) for table in tables]
     return np.mean(means, axis=0)  # type: ignore[no-any-return]
 

@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from stableopd.commands import evaluation
 from stableopd.commands import study as study_command
+from stableopd.commands.data import app as data_app
 from stableopd.errors import ConfigError, StableOPDError
 
 app = typer.Typer(
@@ -31,6 +32,8 @@ app = typer.Typer(
     "Start with [bold]stableopd demo[/]: it trains a small world on this machine, in which plain OPD collapses "
     "and StableOPD does not.",
 )
+
+app.add_typer(data_app, name="data")
 
 BAD_INPUT = 2
 STOPPED = 3

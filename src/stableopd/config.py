@@ -155,6 +155,11 @@ class EvaluationConfig(Section):
     """Without it, the one of `rollout`."""
     judge: str = "exact"
     """`exact`, `math` (Math-Verify), or `package.module:function` taking (completion, answer)."""
+    judge_timeout_s: Positive = 10.0
+    """Seconds that the judge may take for one answer, which is wrong then; `exact` needs none."""
+    benchmarks: tuple[str, ...] = ()
+    """More to answer at every evaluation: names of the registry (docs/evaluation.md), or files; `num_prompts`,
+    `num_samples` and `judge` hold for them, too."""
 
 
 class CheckpointConfig(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,9 @@ import numpy as np
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
+from stableopd.benchmarking.scores import majority_at_k
+from stableopd.benchmarking.timed import Judged, verdict_of
+from stableopd.bootstrap import mean_of_answers
 from stableopd.health.signals import repetition_rate, truncation_rate
 from stableopd.protocols import Judge, RolloutEngine
 from stableopd.types import Example, RolloutBatch, Sampling
@@ -68,46 +71,60 @@ def evaluate(
 ) -> dict[str, float]:
     """`eval/NAME/...` over all completions of all processes; each process brings its own examples.
 
-    `accuracy` is the share of right completions among those whose example has an answer (avg@k when there are
-    k completions a prompt) and is left out when no example has one. An answer on which the judge raises counts as
-    wrong, and `judge_failures` says how many there were. The draws do not depend on the step, so
-    that two checkpoints answer with the same luck.
+    `accuracy` is the share of right completions among those whose example has an answer, with the 95% interval
+    `accuracy_low`, `accuracy_high` over prompts; it is left out when no example has an answer. With k > 1 completions
+    a prompt it is told as `avg_at_k` too, beside `pass_at_k` (any of the k is right) and, where the judge tells votes,
+    `maj_at_k` (the most frequent one is). An answer on which the judge fails counts as wrong: `judge_failures`, of
+    which `judge_timeouts` took too long. The draws do not depend on the step, so that two checkpoints answer with the
+    same luck.
     """
     completions: list[Completion] = []
     if examples:
         completions = decode(engine.generate(examples, sampling, step=0), examples, tokenizer, end_ids)
     judged = gather_object([_judged(completion, judge) for completion in completions])
-    verdicts = [record["right"] for record in judged if record["right"] is not None]
     lengths = [record["length"] for record in judged]
     metrics = {
         "mean_length": sum(lengths) / len(lengths),
         "truncation_rate": truncation_rate([record["finish_reason"] for record in judged]),
         "repetition_rate": repetition_rate([record["text"] for record in judged], tail_chars, compression_threshold),
+        **_scores([record for record in judged if record["right"] is not None], sampling.num_generations),
     }
-    if verdicts:
-        metrics["accuracy"] = sum(verdicts) / len(verdicts)
-        if sampling.num_generations > 1:
-            metrics["avg_at_k"] = metrics["accuracy"]
-    failures = sum(record["judge_failed"] for record in judged)
-    if failures:
-        metrics["judge_failures"] = float(failures)
     return {f"eval/{name}/{key}": value for key, value in metrics.items()}
+
+
+def _scores(judged: Sequence[Mapping[str, Any]], num_samples: int) -> dict[str, float]:
+    """What answers with a verdict are worth, prompt by prompt."""
+    if not judged:
+        return {}
+    prompts: dict[int, list[Mapping[str, Any]]] = {}
+    for record in judged:
+        prompts.setdefault(record["prompt"], []).append(record)
+    right = [[record["right"] for record in records] for records in prompts.values()]
+    found = mean_of_answers({"": [[float(np.mean(verdicts)) for verdicts in right]]})
+    scores = {"accuracy": found.mean}
+    if found.low is not None and found.high is not None:
+        scores |= {"accuracy_low": found.low, "accuracy_high": found.high}
+    if num_samples > 1:
+        scores["avg_at_k"] = found.mean
+        scores["pass_at_k"] = float(np.mean([any(verdicts) for verdicts in right]))
+        votes = [[record["vote"] for record in records] for records in prompts.values()]
+        if any(vote is not None for of_prompt in votes for vote in of_prompt):
+            pairs = zip(votes, right, strict=True)
+            scores["maj_at_k"] = float(np.mean([majority_at_k(vote, verdict) for vote, verdict in pairs]))
+    failures = [record["failure"] for record in judged if record["failure"]]
+    if failures:
+        scores |= {"judge_failures": float(len(failures)), "judge_timeouts": float(failures.count("timeout"))}
+    return scores
 
 
 def _judged(completion: Completion, judge: Judge) -> dict[str, Any]:
     answer = completion.example.answer
-    right, failed = None, False
-    if answer is not None:
-        try:
-            verdict: object = judge(completion.text, answer)
-            if not isinstance(verdict, bool | int | np.bool_):
-                raise TypeError(f"a judge says True or False, not {verdict!r}")
-            right = bool(verdict)
-        except Exception:  # a judge is a user's code on a model's text: it must not end a run of days
-            right, failed = False, True
+    verdict = Judged(right=False) if answer is None else verdict_of(judge, completion.text, answer)
     return {
-        "right": right,
-        "judge_failed": failed,
+        "prompt": completion.example.index,
+        "right": None if answer is None else verdict.right,
+        "vote": verdict.vote,
+        "failure": verdict.failure,
         "length": completion.num_tokens,
         "finish_reason": completion.finish_reason,
         "text": completion.text,

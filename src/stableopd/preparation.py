@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType, LoggerType
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from stableopd.benchmarking.loading import load_benchmark
 from stableopd.config import StableOPDConfig
 from stableopd.data import GoldPool, PromptStream, load_examples, read_rows
 from stableopd.errors import ConfigError, ModelError
@@ -31,6 +32,12 @@ class RunData:
     stream: PromptStream
     gold_pool: GoldPool | None
     held_out: list[Example]
+    benchmarks: Mapping[str, list[Example]] = field(default_factory=dict)
+    """More held-out prompts, by the name of their benchmark."""
+
+    @property
+    def is_evaluated(self) -> bool:
+        return bool(self.held_out or self.benchmarks)
 
     def digest(self) -> str:
         """A short digest of all that training reads, in its order: prompts, gold, answers, the gold pool."""
@@ -107,7 +114,34 @@ def prepare_data(
     stream = PromptStream(
         examples, num_prompts=config.rollout.num_prompts, seed=config.seed, shuffle=config.data.shuffle
     )
-    return RunData(stream=stream, gold_pool=pool, held_out=held_out[: config.evaluation.num_prompts])
+    return RunData(
+        stream=stream,
+        gold_pool=pool,
+        held_out=held_out[: config.evaluation.num_prompts],
+        benchmarks=_benchmarks(config, tokenizer, context),
+    )
+
+
+def _benchmarks(
+    config: StableOPDConfig, tokenizer: PreTrainedTokenizerBase, context: int | None
+) -> dict[str, list[Example]]:
+    """Raises: ConfigError when two sets of held-out prompts would share a name."""
+    found: dict[str, list[Example]] = {}
+    for given in config.evaluation.benchmarks:
+        benchmark = load_benchmark(given, num_problems=config.evaluation.num_prompts)
+        if benchmark.name in found or (benchmark.name == config.evaluation.name and config.evaluation.path):
+            raise ConfigError(
+                f"evaluation.benchmarks: {given!r} is called {benchmark.name!r} like another set; rename the file, or "
+                "set evaluation.name"
+            )
+        found[benchmark.name] = load_examples(
+            benchmark.rows(chat=bool(tokenizer.chat_template)),
+            tokenizer,
+            source=benchmark.name,
+            max_prompt_tokens=_longest_prompt(config, context),
+            chat_template_kwargs=config.data.chat_template_kwargs,
+        )
+    return found
 
 
 def check_model(role: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: StableOPDConfig) -> None:

@@ -50,7 +50,7 @@ def read_rows(path: str, split: str | None = None, *, setting: str = "data.path"
         MissingDependencyError: Parquet without pyarrow, the hub without `datasets`. JSON needs neither.
     """
     local = Path(path).expanduser()
-    is_local = local.exists() or _looks_local(path)
+    is_local = local.exists() or looks_local(path)
     if is_local and not local.exists():
         raise DataError(f"{setting}: {path} does not exist (relative paths start at {Path.cwd()})")
     rows = Rows(_read_local(local, split) if is_local else _read_hub(path, split))
@@ -59,7 +59,7 @@ def read_rows(path: str, split: str | None = None, *, setting: str = "data.path"
     return rows
 
 
-def _looks_local(path: str) -> bool:
+def looks_local(path: str) -> bool:
     """A hub id is one or two plain names, and its last dot, if any, begins a version rather than a suffix."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or bool(re.search(r"\\|\.[A-Za-z]\w*$", path))
 
@@ -70,11 +70,12 @@ def _read_local(path: Path, split: str | None) -> Iterator[tuple[Place, Row]]:
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         yield from _placed(_one_split(_datasets().load_from_disk(str(path)), str(path), split), str(path))
     else:
-        for file in _files(path, split):
+        for file in files_of(path, split):
             yield from _read_file(file)
 
 
-def _files(folder: Path, split: str | None) -> list[Path]:
+def files_of(folder: Path, split: str | None) -> list[Path]:
+    """Files of rows in a folder and below, by name. Raises: DataError when there are none, or none of the split."""
     visible = (file for file in folder.rglob("*") if not re.search(r"(^|/)\.", file.relative_to(folder).as_posix()))
     files = sorted(file for file in visible if file.suffix in _READERS and file.is_file())
     if not files:
@@ -98,7 +99,8 @@ def _read_file(path: Path) -> Iterator[tuple[Place, Row]]:
         ) from error
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[Place, Row]]:
+def read_jsonl(path: Path) -> Iterator[tuple[Place, Row]]:
+    """The rows of a file of JSON Lines, one at a time. Raises: DataError with the line that is not one."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             text = _decode(line, path, number)
@@ -131,7 +133,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[Place, Row]]:
 
 
 _READERS: Mapping[str, Callable[[Path], Iterator[tuple[Place, Row]]]] = {
-    ".jsonl": _read_jsonl,
+    ".jsonl": read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,
 }

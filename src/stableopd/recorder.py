@@ -135,6 +135,7 @@ def _version(package: str) -> str | None:
 
 
 def lock_folder(path: Path) -> IO[str]:
+    """A lock on the folder, held until it is closed. Raises: RunFolderError when another process holds it."""
     lock = (path / ".lock").open("w")
     if fcntl is None:
         return lock

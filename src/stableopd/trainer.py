@@ -30,11 +30,12 @@ from stableopd.checkpoint import (
 from stableopd.config import StableOPDConfig
 from stableopd.config_files import check_resumable
 from stableopd.errors import ConfigError, TrainingError
-from stableopd.evaluate import decode, evaluate
+from stableopd.evaluate import decode
 from stableopd.health.causes import why_without_updates
 from stableopd.health.controller import Controls, HealthController, Levers
 from stableopd.health.monitor import HealthMonitor
 from stableopd.health.rules import FAILED_REWARDS
+from stableopd.heldout import evaluate_all
 from stableopd.logbook import Logbook
 from stableopd.metrics import Stopwatch, mean_of
 from stableopd.models import computing_module
@@ -122,7 +123,7 @@ class StableOPDTrainer:
             self._open_run_folder(resume_from_checkpoint)
             self._each_callback("on_train_begin")
             self._tell_of_findings()
-            if self.state.step == 0 and self.config.evaluation.at_start and self.data.held_out:
+            if self.state.step == 0 and self.config.evaluation.at_start and self.data.is_evaluated:
                 self._each_callback("on_phase", 0, "evaluation")
                 metrics = self.evaluate()
                 self._log(0, metrics, self.monitor.observe_eval(0, metrics))
@@ -173,7 +174,7 @@ class StableOPDTrainer:
                 self.source.sync(computing_module(self.student), self.state.policy_version)
         metrics.update(self._hindsight(batch))
         metrics.update(clock.metrics())
-        if self.data.held_out and self._due(step, self.config.evaluation.every_steps):
+        if self.data.is_evaluated and self._due(step, self.config.evaluation.every_steps):
             self._each_callback("on_phase", step, "evaluation")
             evaluation = self.evaluate()
             metrics.update(evaluation)
@@ -186,34 +187,18 @@ class StableOPDTrainer:
 
     def evaluate(self) -> dict[str, float]:
         """Answers of the student to the held-out prompts, sampled and greedy, as `eval/NAME/...`."""
-        settings, health = self.config.evaluation, self.config.health
-        sampled = Sampling(
-            max_new_tokens=self.config.eval_max_completion_length,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            num_generations=settings.num_samples,
-            stop_strings=self.config.rollout.stop_strings,
+        own = {self.config.evaluation.name: self.data.held_out} if self.data.held_out else {}
+        metrics = evaluate_all(
+            self.config,
+            self.engine,
+            {**own, **self.data.benchmarks},
+            judge=self.judge,
+            tokenizer=self.tokenizer,
+            end_ids=self.end_ids,
             seed=_seed(self.config.seed, _EVAL_STREAM),
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
         )
-        runs = {settings.name: sampled}
-        if settings.greedy:
-            runs[f"{settings.name}_greedy"] = Sampling(
-                max_new_tokens=sampled.max_new_tokens, temperature=0.0, stop_strings=sampled.stop_strings
-            )
-        mine = self.data.held_out[self.accelerator.process_index :: self.accelerator.num_processes]
-        metrics: dict[str, float] = {}
-        for name, sampling in runs.items():
-            metrics |= evaluate(
-                self.engine,
-                mine,
-                sampling,
-                name=name,
-                judge=self.judge,
-                tokenizer=self.tokenizer,
-                tail_chars=health.tail_chars,
-                compression_threshold=health.compression_threshold,
-                end_ids=self.end_ids,
-            )
         self._each_callback("on_evaluate", metrics)
         return metrics
 
@@ -544,7 +529,7 @@ class StableOPDTrainer:
 
     def _may_save(self, step: int) -> bool:
         """Whether a checkpoint may be written at the end of this step, as far as can be told at its start."""
-        evaluated = bool(self.data.held_out) and self._due(step, self.config.evaluation.every_steps)
+        evaluated = self.data.is_evaluated and self._due(step, self.config.evaluation.every_steps)
         return self._due(step, self.config.checkpoint.every_steps) or (evaluated and self.config.checkpoint.keep_best)
 
     def _best_step(self) -> tuple[int, ...]:

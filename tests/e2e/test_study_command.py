@@ -59,7 +59,9 @@ def finished(checkpoints, dataset, tmp_path_factory):
         "health": {"tail_chars": 8, "compression_threshold": 2.2},
     }  # fmt: skip
     broken = {"data": {"path": str(folder / "absent.jsonl")}}
-    path = study_file(folder, settings, methods={"stableopd": {}, "opd": {}, "broken": broken}, seeds=[0])
+    final = {"num_prompts": 10, "num_samples": 2}
+    methods = {"stableopd": {}, "opd": {}, "broken": broken}
+    path = study_file(folder, settings, methods=methods, seeds=[0], final=final)
     return folder, path, run(path)
 
 
@@ -70,6 +72,9 @@ def test_methods_are_compared_and_one_that_fails_stops_no_other(finished):
     assert "absent.jsonl does not exist" in " ".join(done.stdout.split())
     lines = [json.loads(line) for line in (folder / "out" / "results.jsonl").read_text().splitlines()]
     assert sorted(line["arm"] for line in lines) == ["opd", "stableopd"]
+    assert all(len(line["answers"]["validation"]) == 10 for line in lines)
+    assert lines[0]["benchmarks"] == lines[1]["benchmarks"]
+    assert all(0 <= line["figures"]["final_greedy_accuracy"] <= 1 for line in lines)
     page = (folder / "out" / "study.html").read_text()
     assert "1 of 3 runs are missing" in page
     assert "absent.jsonl" in page
@@ -92,7 +97,10 @@ def test_what_is_finished_is_not_repeated_and_json_alone_goes_to_standard_output
     assert again.returncode == 1
     document = json.loads(again.stdout)
     assert (document["num_finished"], document["num_runs"]) == (2, 3)
-    assert [failure["name"] for failure in document["failures"]] == ["run runs/pair/broken/seed-0"]
+    assert {failure["name"]: failure["status"] for failure in document["failures"]} == {
+        "run runs/pair/broken/seed-0": "failed",
+        "answers runs/pair/broken/seed-0": "skipped",
+    }
     assert (folder / "out" / "runs" / "pair" / "opd" / "seed-0" / "metrics.jsonl").stat().st_mtime_ns == before
 
 

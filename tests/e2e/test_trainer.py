@@ -417,3 +417,31 @@ def test_adapters_over_a_bfloat16_base_are_trained_in_float32(tmp_path, chat_tok
     )  # fmt: skip
     assert {p.dtype for p in trainer.student.parameters() if p.requires_grad} == {torch.float32}
     assert trainer.train().step == 1
+
+
+def test_benchmarks_are_answered_beside_the_held_out_prompts_with_the_figures_of_many_answers(
+    run_settings, dataset, tmp_path
+):
+    copy = tmp_path / "more.jsonl"
+    copy.write_text("".join((dataset / "validation.jsonl").read_text().splitlines(keepends=True)[:6]))
+    evaluation = {"num_samples": 3, "benchmarks": [str(copy)]}
+    trainer = StableOPDTrainer(args=StableOPDConfig(**run_settings(evaluation=evaluation, max_steps=1)))
+    metrics = trainer.evaluate()
+    for name in ("validation", "more"):
+        assert metrics[f"eval/{name}/accuracy"] == metrics[f"eval/{name}/avg_at_k"]
+        assert metrics[f"eval/{name}/accuracy"] <= metrics[f"eval/{name}/pass_at_k"]
+        assert metrics[f"eval/{name}/accuracy_low"] <= metrics[f"eval/{name}/accuracy_high"]
+        assert f"eval/{name}_greedy/accuracy" in metrics
+    trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["eval/more/accuracy"] == metrics["eval/more/accuracy"]
+
+
+def test_two_sets_of_one_name_and_benchmarks_that_are_not_there_are_refused(run_settings, dataset, tmp_path):
+    for benchmarks, words in (
+        ([str(dataset / "validation.jsonl")], "like another set"),
+        (["math50"], "did you mean 'math500'"),
+        ([str(tmp_path / "absent.jsonl")], "does not exist"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=words):
+            StableOPDTrainer(args=StableOPDConfig(**run_settings(evaluation={"benchmarks": benchmarks})))

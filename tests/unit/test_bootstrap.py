@@ -69,6 +69,28 @@ def test_pairing_takes_away_what_prompts_and_runs_have_in_common():
     assert paired.high - paired.low < 0.2 * (alone.high - alone.low)
 
 
+def test_runs_that_share_a_student_do_not_count_as_several():
+    students = {"s1": 0.3, "s2": 0.5, "s3": 0.7}
+    runs = [(teacher, student) for teacher in ("t1", "t2", "t3", "t4") for student in students]
+    values = [students[student] for _, student in runs]
+    alone = mean_of_runs(list(students.values()))
+    naive, shared = mean_of_runs(values), mean_of_runs(values, factors=runs)
+    assert naive.high - naive.low < 0.7 * (alone.high - alone.low)
+    assert shared.high - shared.low == pytest.approx(alone.high - alone.low, rel=0.1)
+
+
+def test_a_grid_of_runs_with_gaps_has_an_interval():
+    found = mean_of_runs([0.2, 0.4, 0.9], factors=[("t1", "s1"), ("t1", "s2"), ("t2", "s2")])
+    assert 0.2 <= found.low < found.high <= 0.9
+    assert mean_of_runs([0.2, 0.4], factors=[("t1", "s1")] * 2).low is None
+
+
+def test_factors_must_be_named_for_every_run():
+    for factors in ([("t1",)], [("t1",), ("t1", "s1")]):
+        with pytest.raises(ValueError, match="factors"):
+            mean_of_runs([0.1, 0.2], factors=factors)
+
+
 def test_intervals_of_the_truth_cover_it_about_as_often_as_they_say():
     """Crossed effects of runs and prompts; the pigeonhole bootstrap is known to cover somewhat more."""
     rng = np.random.default_rng(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stableopd.benchmarking.timed import TimedJudge
 from stableopd.errors import ConfigError
 from stableopd.evaluate import decode, evaluate
 from stableopd.judges import exact_match, get_judge
@@ -49,11 +50,30 @@ def test_accuracy_truncation_repetition_and_length(tokenizer):
     metrics = run(tokenizer)
     assert metrics == {
         "eval/set/accuracy": 0.5,
+        "eval/set/accuracy_low": 0.5,  # both prompts have one right answer of two
+        "eval/set/accuracy_high": 0.5,
         "eval/set/avg_at_k": 0.5,
+        "eval/set/pass_at_k": 1.0,
         "eval/set/truncation_rate": 0.25,
         "eval/set/repetition_rate": 0.25,
         "eval/set/mean_length": (2 + 2 + 2 + 16) / 4,
     }
+
+
+def test_votes_are_counted_where_the_judge_tells_them(tokenizer):
+    with TimedJudge("exact") as judge:
+        assert run(tokenizer, judge=judge)["eval/set/maj_at_k"] == 0.5  # a tie for each prompt
+
+
+def test_an_answer_that_the_judge_takes_too_long_for_is_wrong_and_told(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "slow_judge.py").write_text(
+        "import time\n\ndef judge(completion, answer):\n    time.sleep(30 * (completion == '1'))\n    return True\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with TimedJudge("slow_judge:judge", timeout_s=0.5) as judge:
+        metrics = run(tokenizer, judge=judge)
+    assert metrics["eval/set/accuracy"] == 0.75
+    assert (metrics["eval/set/judge_failures"], metrics["eval/set/judge_timeouts"]) == (1, 1)
 
 
 def test_prompts_without_an_answer_do_not_count_as_wrong(tokenizer):

@@ -98,7 +98,11 @@ LAYERS = (
     }
     | {"report.settings", "report.text", "report.timeline"},
     {"benchmarking.running", "benchmarking.view"},
-    {"teaching", "engines"},
+    {"teaching", "engines", "heldout"},
+    {"curation", "curation.splitting", "curation.cards", "curation.overlap"},
+    {"curation.journal", "curation.sources", "curation.screening"},
+    {"curation.sampling", "curation.openr1", "curation.parts", "curation.gold_file", "curation.gold"},
+    {"curation.decontaminate"},
     {"doctor.sides", "doctor.budget", "doctor.data", "doctor.judging", "doctor.templates", "doctor.tokens"},
     {"doctor.checkup"},
     {"doctor.hardware", "doctor.shapes", "doctor.plan", "doctor.memory", "doctor.timing", "doctor.sample"},
@@ -119,7 +123,7 @@ LAYERS = (
     {"integrations.journal"},
     {"integrations.trl", "integrations.slime"},
     {"integrations"},
-    {"commands", "commands.evaluation", "commands.study"},
+    {"commands", "commands.data", "commands.evaluation", "commands.study"},
     {"cli", "__main__", "__init__"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

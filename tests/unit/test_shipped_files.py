@@ -56,7 +56,10 @@ def test_the_table_of_presets_in_the_documents_is_the_one_in_the_code():
     [
         "README.md",
         "CONTRIBUTING.md",
-        *(f"docs/{n}.md" for n in ("losses", "demo", "diagnose", "health", "integrations", "performance", "watching")),
+        *(
+            f"docs/{n}.md"
+            for n in ("losses", "data", "demo", "diagnose", "health", "integrations", "performance", "watching")
+        ),
     ],
 )
 def test_links_lead_somewhere(document):

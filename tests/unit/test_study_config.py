@@ -8,7 +8,8 @@ import yaml
 from stableopd.errors import ConfigError
 from stableopd.study.cells import cells_of
 from stableopd.study.config import StudyConfig, load_study, merged
-from stableopd.study.running import settings_digest
+from stableopd.study.outcome import Outcome, read_outcomes
+from stableopd.study.running import _without_twins, settings_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = {"student": {"model_name_or_path": "s"}, "teacher": {"model_name_or_path": "t"}, "data": {"path": "d.jsonl"}}
@@ -100,6 +101,31 @@ def test_a_world_makes_the_pairs_and_says_where_they_are():
     assert cells[1].config.teacher.model_name_or_path == "out/world/teachers/b"
     assert cells[1].config.student.model_name_or_path == "out/world/students/seed-3"
     assert cells[1].config.data.gold_path == "out/world/data/gold_pool.jsonl"
+
+
+def test_methods_without_a_teacher_are_run_once_for_all_teachers(tmp_path):
+    methods = {"opd": {}, "sft": {}, "grpo": {}}
+    pairs = {"p": {}, "q": {"teacher": {"model_name_or_path": "other"}}, "r": {"student": {"model_name_or_path": "x"}}}
+    made = study(methods=methods, pairs=pairs, output_dir=str(tmp_path))
+    cells = cells_of(made)
+    twins = [[(cell.method, cell.pair) for cell in group] for group in _without_twins(made, cells, [])]
+    assert sorted(twins) == [
+        [("grpo", "p"), ("grpo", "q")],
+        [("grpo", "r")],
+        [("opd", "p")],
+        [("opd", "q")],
+        [("opd", "r")],
+        [("sft", "p"), ("sft", "q")],
+        [("sft", "r")],
+    ]
+    done = Outcome(
+        arm="sft", pair="q", seed=0, digest="", figures={"late_accuracy": 0.5}, verdict="healthy", headline=""
+    )
+    left = _without_twins(made, cells, [done])
+    assert ("sft", "p") not in [(cell.method, cell.pair) for group in left for cell in group]
+    (given,) = read_outcomes(tmp_path / "results.jsonl")
+    assert (given.key, given.figures) == (("sft", "p", 0), {"late_accuracy": 0.5})
+    assert given.digest == settings_digest(made, next(c for c in cells if (c.method, c.pair) == ("sft", "p")))
 
 
 def test_the_digest_is_that_of_what_matters_to_the_result():

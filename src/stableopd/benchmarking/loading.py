@@ -42,6 +42,17 @@ class Benchmark:
     """What the text of a question is put into."""
     is_registered: bool = False
 
+    def rows(self, *, chat: bool) -> list[dict[str, Any]]:
+        """Rows of data: the prompt as text or, with `chat`, as a conversation of one turn; and the answer."""
+        rows = []
+        for problem in self.problems:
+            prompt = problem.prompt
+            if isinstance(prompt, str):
+                text = self.template.replace("{question}", prompt)
+                prompt = [{"role": "user", "content": text}] if chat else text
+            rows.append({"prompt": prompt, "answer": problem.answer})
+        return rows
+
     def digest(self) -> str:
         """A short digest of questions and answers, in their order."""
         rows = [(problem.id, problem.prompt, problem.answer) for problem in self.problems]

@@ -33,7 +33,6 @@ class EvalSettings:
     chat: bool = True
     """Questions that are text are put into the chat template, where the tokenizer has one."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    template: str = "{question}"
     num_problems: int | None = None
     question_column: str | None = None
     answer_column: str | None = None

@@ -116,14 +116,6 @@ def _load(settings: EvalSettings) -> tuple[nn.Module, PreTrainedTokenizerBase]:
 def _examples(
     benchmark: Benchmark, settings: EvalSettings, model: nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> list[Example]:
-    chat = settings.chat and bool(tokenizer.chat_template)
-    rows = []
-    for problem in benchmark.problems:
-        prompt = problem.prompt
-        if isinstance(prompt, str):
-            prompt = settings.template.replace("{question}", prompt)
-            prompt = [{"role": "user", "content": prompt}] if chat else prompt
-        rows.append({"prompt": prompt, "answer": problem.answer})
     context = context_length(model.config)
     room = None if context is None else context - (settings.max_completion_length or 1)
     if room is not None and room <= 0:
@@ -132,7 +124,7 @@ def _examples(
             "prompt included; lower it"
         )
     return load_examples(
-        rows,
+        benchmark.rows(chat=settings.chat and bool(tokenizer.chat_template)),
         tokenizer,
         source=benchmark.name,
         max_prompt_tokens=room,

@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Literal
 
+import numpy as np
+
 from stableopd.errors import ConfigError
 from stableopd.judges import get_judge
+from stableopd.protocols import Judge
 
 Failure = Literal["timeout", "error"]
 _START_S = 120.0
@@ -32,6 +35,19 @@ class Judged:
     """What this answer counts as where answers are compared with each other; None: it gives none."""
     failure: Failure | None = None
     message: str = ""
+
+
+def verdict_of(judge: Judge, completion: str, answer: str) -> Judged:
+    """What a judge of any kind says. One that raises, or says neither True nor False, costs its answer alone."""
+    if isinstance(judge, TimedJudge):
+        return judge.judge(completion, answer)
+    try:
+        verdict: object = judge(completion, answer)
+        if not isinstance(verdict, bool | int | np.bool_):
+            raise TypeError(f"a judge says True or False, not {verdict!r}")
+        return Judged(right=bool(verdict))
+    except Exception as error:  # a judge is a user's code on a model's text: it must not end a run of days
+        return Judged(right=False, failure="error", message=f"{type(error).__name__}: {error}")
 
 
 class JudgeFailedError(Exception):

@@ -98,7 +98,6 @@ def evaluate_command(
             dtype=dtype,  # type: ignore[arg-type]
             chat=chat,
             chat_template_kwargs=template_kwargs,
-            template=loaded.template,
             num_problems=num_prompts,
             question_column=prompt_column,
             answer_column=answer_column,

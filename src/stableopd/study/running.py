@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +56,18 @@ def run_study(
     _check_unchanged(study, cells, known)
     study.folder.mkdir(parents=True, exist_ok=True)
     with _locked(study.folder):
-        finished = {outcome.key for outcome in known}
-        missing = [cell for cell in cells if _key(cell) not in finished]
-        last_jobs = {jobs[-1].name: cell for cell in missing if (jobs := _jobs(study, cell))}
-        jobs = list({job.name: job for cell in missing for job in _jobs(study, cell)}.values())
+        results = study.folder / RESULTS
+        missing = _without_twins(study, cells, known)
+        last_jobs = {_jobs(study, twins[0])[-1].name: twins for twins in missing}
+        jobs = list({job.name: job for twins in missing for job in _jobs(study, twins[0])}.values())
         tell_total(len(jobs))
 
         def collect(ended: Ended) -> None:
-            cell = last_jobs.get(ended.job.name)
-            if cell is not None and ended.status == "done":
-                append_outcome(study.folder / RESULTS, _outcome(study, cell))
+            twins = last_jobs.get(ended.job.name, [])
+            if twins and ended.status == "done":
+                outcome = _outcome(study, twins[0])
+                for cell in twins:
+                    append_outcome(results, _for_cell(study, cell, outcome))
             tell(ended)
 
         environment = {}
@@ -78,6 +80,39 @@ def run_study(
         outcomes=finished_outcomes(study, cells),
         failures=[end for end in ended.values() if end.status != "done"],
     )
+
+
+def _without_twins(study: StudyConfig, cells: Sequence[Cell], known: Sequence[Outcome]) -> list[list[Cell]]:
+    """The cells that have no result yet, those that are one and the same run together.
+
+    A method without a teacher is the same run for all pairs that differ in their teacher alone. Where a twin has a
+    result already, the others are given it here.
+    """
+    results = {outcome.key: outcome for outcome in known}
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(_run_key(cell), []).append(cell)
+    missing = []
+    for twins in groups.values():
+        without = [cell for cell in twins if _key(cell) not in results]
+        done = next((results[_key(cell)] for cell in twins if _key(cell) in results), None)
+        if done is None:
+            missing.append(without)
+            continue
+        for cell in without:
+            append_outcome(study.folder / RESULTS, _for_cell(study, cell, done))
+    return missing
+
+
+def _run_key(cell: Cell) -> str:
+    """Names the run itself: everything that it depends on, which without a teacher's term is not the teacher."""
+    left_out = {**_NO_RESULT, **({} if cell.config.objective.needs_teacher else {"teacher": True, "teachers": True})}
+    settings = cell.config.model_dump(mode="json", exclude=left_out)
+    return json.dumps([cell.arm, settings], sort_keys=True)
+
+
+def _for_cell(study: StudyConfig, cell: Cell, outcome: Outcome) -> Outcome:
+    return replace(outcome, arm=cell.arm, pair=cell.pair, seed=cell.seed, digest=settings_digest(study, cell))
 
 
 def existing(study: StudyConfig) -> StudyRun:

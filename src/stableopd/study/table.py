@@ -101,9 +101,10 @@ def _values(outcomes: Sequence[Outcome], name: str) -> list[float]:
 
 def _accuracy(outcomes: Sequence[Outcome], confidence: float) -> Estimate | None:
     if _same_prompts(outcomes):
-        return mean_of_answers(_tables(outcomes), confidence=confidence)
-    late = _values(outcomes, "late_accuracy")
-    return mean_of_runs(late, confidence=confidence) if late else None
+        return mean_of_answers(_tables(outcomes), factors=_factors(outcomes), confidence=confidence)
+    judged = [outcome for outcome in outcomes if "late_accuracy" in outcome.figures]
+    late = [outcome.figures["late_accuracy"] for outcome in judged]
+    return mean_of_runs(late, factors=_factors(judged), confidence=confidence) if late else None
 
 
 def _paired(outcomes: Sequence[Outcome], base: Sequence[Outcome]) -> list[tuple[Outcome, Outcome]]:
@@ -116,9 +117,14 @@ def _difference(pairs: Sequence[tuple[Outcome, Outcome]], confidence: float) -> 
         return None
     if _same_prompts([outcome for pair in pairs for outcome in pair]):
         first, second = zip(*pairs, strict=True)
-        return paired_difference(_tables(first), _tables(second), confidence=confidence)
+        return paired_difference(_tables(first), _tables(second), factors=_factors(first), confidence=confidence)
     differences = [score(one) - score(other) for one, other in pairs]
-    return mean_of_runs(differences, confidence=confidence)
+    return mean_of_runs(differences, factors=_factors([one for one, _ in pairs]), confidence=confidence)
+
+
+def _factors(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
+    """Runs of one pair share their teacher, those of one seed their student and the order of prompts."""
+    return [(outcome.pair, str(outcome.seed)) for outcome in outcomes]
 
 
 def _tables(outcomes: Sequence[Outcome]) -> Answers:

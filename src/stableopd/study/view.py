@@ -41,11 +41,11 @@ def note(run: StudyRun) -> str:
     what = "answers to the final benchmark" if any(o.answers for o in run.outcomes) else "late accuracy of the runs"
     base, late = run.study.reference_method, f"{run.study.late_fraction:.0%}"
     return (
-        f"accuracy: {what}, with {share} bootstrap intervals over runs and prompts; difference from {base} on the same "
-        "pairs, seeds and prompts; better: runs that beat their twin there; best, late: highest evaluation of the run, "
-        f"mean of those in its last {late}; greedy, cut off: accuracy of greedy answers at the end and the share that "
-        "ran into the limit; collapsed: held-out accuracy fell by more than 0.15 while more than half of the greedy "
-        "answers were cut off (in brackets: still so at the end)"
+        f"accuracy: {what}, with {share} bootstrap intervals over pairs, seeds and prompts; difference from {base} on "
+        "the same pairs, seeds and prompts; better: runs that beat their twin there; best, late: highest evaluation of "
+        f"the run, mean of those in its last {late}; greedy, cut off: accuracy of greedy answers at the end and the "
+        "share that ran into the limit; collapsed: held-out accuracy fell by more than 0.15 while more than half of "
+        "the greedy answers were cut off (in brackets: still so at the end)"
     )
 
 
