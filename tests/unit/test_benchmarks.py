@@ -160,3 +160,14 @@ def test_answers_are_taken_out_of_their_columns():
     assert plain_answer(27.5) == "27.5"
     assert [canonical(name) for name in ("AIME2024", "Math500", "own.jsonl")] == ["aime24", "math500", "own.jsonl"]
     assert set(ALIASES.values()) <= set(REGISTRY)
+
+
+def test_the_document_has_every_benchmark_as_it_is_in_the_registry():
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for name, spec in REGISTRY.items():
+        row = (
+            f"`{name}`", spec.title, f"`{spec.hub_id}`", spec.split, f"`{spec.question_column}`",
+            f"`{spec.answer_column}`", f"{spec.num_problems:,}", str(spec.num_samples),
+        )  # fmt: skip
+        assert f"| {' | '.join(row)} |" in text
+    assert all(f"`{alias}`" in text for alias in ALIASES)
