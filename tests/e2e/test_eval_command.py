@@ -14,7 +14,8 @@ import pytest
 
 from stableopd.benchmarking.loading import load_benchmark
 from stableopd.benchmarking.results import EvalSettings
-from stableopd.benchmarking.running import evaluate_model, read_result, resolve_model
+from stableopd.benchmarking.running import evaluate_model, read_result
+from stableopd.benchmarking.subject import Subject, load_subject, resolve_model
 from stableopd.errors import ConfigError, DataError, ModelError
 from stableopd.rollout.hf import HFEngine
 
@@ -260,21 +261,60 @@ def test_bad_input_is_one_message_and_leaves_nothing(checkpoints, dataset, tmp_p
     assert done.stdout == ""
 
 
+def test_the_model_is_loaded_once_for_all_benchmarks_and_after_the_judges(dataset, checkpoints, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from stableopd.benchmarking import subject
+    from stableopd.cli import app
+
+    loaded = []
+    load_model = subject.load_model
+    monkeypatch.setattr(subject, "load_model", lambda *given: loaded.append(given) or load_model(*given))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.jsonl").write_text(json.dumps({"question": "12:", "answer": "0"}))
+    common = ["eval", str(checkpoints / "student"), "--benchmark", str(dataset / "validation.jsonl"), "--greedy"]
+    common += ["--benchmark", "other.jsonl", "--num-prompts", "2", "--max-completion-length", "4", "--json"]
+    done = CliRunner().invoke(app, common)
+    assert done.exit_code == 0
+    results = json.loads(done.stdout)
+    assert [(one["benchmark"], one["settings"]["temperature"]) for one in results] == [
+        ("validation", 0.6), ("validation", 0.0), ("other", 0.6), ("other", 0.0),
+    ]  # fmt: skip
+    assert len(loaded) == 1
+    refused = CliRunner().invoke(app, [*common, "--judge", "no.such:judge"])
+    assert isinstance(refused.exception, ConfigError)
+    assert len(loaded) == 1
+
+
+def test_greedy_answers_have_a_mean_of_their_own(settings, dataset, tmp_path, capsys):
+    from rich.console import Console
+
+    from stableopd.benchmarking.view import print_results
+
+    results = [
+        evaluate_model(with_(settings, num_samples=k, temperature=temperature), tmp_path)
+        for k, temperature in ((4, 0.6), (1, 0.0))
+    ]
+    print_results(Console(width=120), results)
+    shown = capsys.readouterr().out
+    assert "validation, 12 questions, greedy" in shown
+    assert "mean of" not in shown
+    print_results(Console(width=120), [*results, results[1]])
+    mean = f"mean of 2 benchmarks, greedy: {results[1].accuracy.value:.1%}"
+    assert mean in capsys.readouterr().out
+
+
 def test_the_benchmarks_questions_go_through_the_chat_template_where_there_is_one(settings, tmp_path, tokenizer):
     from stableopd.benchmarking import running
-
-    class Config:
-        max_position_embeddings = 256
-
-    class Model:
-        config = Config()
 
     chatty = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="$", pad_token="_")
     chatty.chat_template = (
         "{% for m in messages %}:{{ m.content }}{% endfor %}{% if add_generation_prompt %};{% endif %}"
     )
+    subject = load_subject(settings)
+    chatting = Subject(model=subject.model, tokenizer=chatty, weights_digest="", ends=frozenset())
     benchmark = load_benchmark(settings.benchmark, num_problems=2)
-    asked = running._examples(benchmark, settings, Model(), chatty)
+    asked = running._examples(benchmark, settings, chatting)
     assert [one.prompt for one in asked] == [f":{problem.prompt};" for problem in benchmark.problems]
-    plain = running._examples(benchmark, with_(settings, chat=False), Model(), chatty)
+    plain = running._examples(benchmark, with_(settings, chat=False), chatting)
     assert [one.prompt for one in plain] == [problem.prompt for problem in benchmark.problems]

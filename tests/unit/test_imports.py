@@ -97,7 +97,8 @@ LAYERS = (
         "report.samples",
     }
     | {"report.settings", "report.text", "report.timeline"},
-    {"benchmarking.running", "benchmarking.view"},
+    {"benchmarking.subject", "benchmarking.view"},
+    {"benchmarking.running"},
     {"teaching", "engines", "heldout"},
     {"curation", "curation.splitting", "curation.cards", "curation.overlap"},
     {"curation.journal", "curation.sources", "curation.screening"},

@@ -10,28 +10,21 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 import stableopd
 from stableopd.benchmarking.cache import Answer, AnswerStore, key_of
 from stableopd.benchmarking.loading import Benchmark, load_benchmark
 from stableopd.benchmarking.results import EvalResult, EvalSettings, PromptResult
+from stableopd.benchmarking.subject import Subject, load_subject
 from stableopd.benchmarking.timed import Judged, TimedJudge
-from stableopd.checkpoint import checkpoint_path, checkpoint_steps
-from stableopd.config import ModelConfig
 from stableopd.data import load_examples
-from stableopd.errors import ConfigError, ModelError
+from stableopd.errors import ConfigError
 from stableopd.evaluate import decode
 from stableopd.health.signals import repetition_rate
 from stableopd.lines import write_atomically
-from stableopd.models import context_length, digest_of_weights, load_model, load_tokenizer
 from stableopd.rollout.hf import HFEngine
 from stableopd.types import Example, Sampling
-from stableopd.vocabulary import end_token_ids, pad_token_id, vocab_size
+from stableopd.vocabulary import pad_token_id, vocab_size
 
 DEFAULT_LONGEST = 4_096
 """Longest answer where none is asked for and the model's context has room, in tokens."""
@@ -40,13 +33,19 @@ Progress = Callable[[str, int, int], None]
 
 
 def evaluate_model(
-    settings: EvalSettings, out: Path, progress: Progress = lambda what, done, total: None
+    settings: EvalSettings,
+    out: Path,
+    progress: Progress = lambda what, done, total: None,
+    *,
+    subject: Subject | None = None,
 ) -> EvalResult:
     """The result of a model on a benchmark, from the cache under `out` as far as it is there.
 
     Answers are kept by weights, prompts and sampling: what was generated is never generated again, another judge or
     fewer samples take the same answers, and an evaluation that was killed goes on where it was. An answer depends on
     (seed, number of the question, number of the answer) alone.
+
+    Args: `subject` is the model of these settings where it is loaded already.
 
     Raises: ConfigError, DataError or ModelError when it cannot be made.
     """
@@ -61,20 +60,19 @@ def evaluate_model(
     ) as judge:
         judge.start()  # one that cannot be had is told before hours of answers
         progress("loading the model", 0, 1)
-        model, tokenizer = _load(settings)
-        examples = _examples(benchmark, settings, model, tokenizer)
-        settings = replace(settings, max_completion_length=_longest_answer(settings, model, examples))
-        weights = digest_of_weights(model)
-        store = AnswerStore(out / _folder_name(settings, benchmark, weights, examples, model, tokenizer))
+        subject = subject or load_subject(settings)
+        examples = _examples(benchmark, settings, subject)
+        settings = replace(settings, max_completion_length=_longest_answer(settings, subject, examples))
+        store = AnswerStore(out / _folder_name(settings, benchmark, subject, examples))
         began = time.perf_counter()
-        generated = _generate(model, tokenizer, settings, examples, store, progress)
+        generated = _generate(subject, settings, examples, store, progress)
         seconds = time.perf_counter() - began if generated else 0.0
         prompts = _judge(benchmark, settings, store, judge, progress)
     result = EvalResult(
         settings=settings,
         benchmark=benchmark.name,
         benchmark_digest=benchmark.digest(),
-        weights_digest=weights,
+        weights_digest=subject.weights_digest,
         version=stableopd.__version__,
         prompts=prompts,
         num_tokens=sum(length for prompt in prompts for length in prompt.lengths),
@@ -85,38 +83,8 @@ def evaluate_model(
     return result
 
 
-def resolve_model(name: str) -> str:
-    """The folder or hub id to load: of a run folder its newest checkpoint, of anything else itself.
-
-    Raises: ModelError for a run folder without checkpoints.
-    """
-    folder = Path(name)
-    checkpoints = folder / "checkpoints"
-    if not checkpoints.is_dir() or (folder / "config.json").exists():
-        return name
-    steps = checkpoint_steps(checkpoints)
-    if not steps:
-        raise ModelError(f"{name} is a run folder without checkpoints; there is no model in it yet")
-    return str(checkpoint_path(checkpoints, max(steps)))
-
-
-def _load(settings: EvalSettings) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    source = ModelConfig(
-        model_name_or_path=resolve_model(settings.model), revision=settings.revision, dtype=settings.dtype
-    )
-    tokenizer = load_tokenizer(source, "model")
-    model = load_model(source, "model").eval()
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return model.to(device), tokenizer
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def _examples(
-    benchmark: Benchmark, settings: EvalSettings, model: nn.Module, tokenizer: PreTrainedTokenizerBase
-) -> list[Example]:
-    context = context_length(model.config)
+def _examples(benchmark: Benchmark, settings: EvalSettings, subject: Subject) -> list[Example]:
+    context, tokenizer = subject.context, subject.tokenizer
     room = None if context is None else context - (settings.max_completion_length or 1)
     if room is not None and room <= 0:
         raise ConfigError(
@@ -132,27 +100,17 @@ def _examples(
     )
 
 
-def _longest_answer(settings: EvalSettings, model: nn.Module, examples: Sequence[Example]) -> int:
+def _longest_answer(settings: EvalSettings, subject: Subject, examples: Sequence[Example]) -> int:
     if settings.max_completion_length is not None:
         return settings.max_completion_length
-    context = context_length(model.config)
     longest = max(len(example.prompt_ids) for example in examples)
-    return DEFAULT_LONGEST if context is None else min(DEFAULT_LONGEST, context - longest)
+    return DEFAULT_LONGEST if subject.context is None else min(DEFAULT_LONGEST, subject.context - longest)
 
 
-def _folder_name(
-    settings: EvalSettings,
-    benchmark: Benchmark,
-    weights: str,
-    examples: Sequence[Example],
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-) -> str:
+def _folder_name(settings: EvalSettings, benchmark: Benchmark, subject: Subject, examples: Sequence[Example]) -> str:
     """MODEL-WEIGHTS/BENCHMARK-KEY: readable, and another one wherever an answer could be another."""
     sampling = {
-        "model": _beside_the_weights(model),
-        "ends": sorted(_ends(model, tokenizer)),
-        "vocabulary": key_of(tokenizer.get_vocab()),
+        "subject": subject.key(),
         "prompts": key_of({"ids": [example.prompt_ids for example in examples]}),
         "temperature": settings.temperature,
         "top_p": settings.top_p,
@@ -162,39 +120,22 @@ def _folder_name(
         "dtype": settings.dtype,
     }
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", settings.model).strip("_.")[-60:]
-    return f"{name}-{weights[:8]}/{re.sub(r'[^A-Za-z0-9_.-]+', '_', benchmark.name)}-{key_of(sampling)}"
-
-
-def _beside_the_weights(model: nn.Module) -> str:
-    """What a configuration says of the arithmetic (positions, scales, windows), whoever wrote it."""
-    told: dict[str, Any] = model.config.to_dict()  # type: ignore[union-attr, operator]
-    unrelated = {"_name_or_path", "transformers_version", "architectures", "use_cache"}
-    return key_of({key: repr(value) for key, value in told.items() if key not in unrelated})
-
-
-def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    return end_token_ids(tokenizer, getattr(model, "generation_config", None))
+    return f"{name}-{subject.weights_digest[:8]}/{re.sub(r'[^A-Za-z0-9_.-]+', '_', benchmark.name)}-{key_of(sampling)}"
 
 
 def _generate(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: EvalSettings,
-    examples: Sequence[Example],
-    store: AnswerStore,
-    progress: Progress,
+    subject: Subject, settings: EvalSettings, examples: Sequence[Example], store: AnswerStore, progress: Progress
 ) -> bool:
     """Fill the store; whether there was anything to generate."""
     missing = store.missing(len(examples), settings.num_samples)
-    ends = _ends(model, tokenizer)
     engine = HFEngine(
-        model=model,
-        end_token_ids=ends,
-        pad_token_id=pad_token_id(tokenizer),
-        vocab_size=vocab_size(tokenizer),
+        model=subject.model,
+        end_token_ids=subject.ends,
+        pad_token_id=pad_token_id(subject.tokenizer),
+        vocab_size=vocab_size(subject.tokenizer),
         max_batch_size=settings.batch_size,
         autocast=nullcontext,
-        tokenizer=tokenizer,
+        tokenizer=subject.tokenizer,
     )
     assert settings.max_completion_length is not None
     sampling = Sampling(
@@ -212,7 +153,7 @@ def _generate(
     for start in range(0, len(missing), at_once):
         numbers = missing[start : start + at_once]
         asked = [examples[number] for number in numbers]
-        completions = decode(engine.generate(asked, sampling, step=0), asked, tokenizer, ends)
+        completions = decode(engine.generate(asked, sampling, step=0), asked, subject.tokenizer, subject.ends)
         for place, completion in enumerate(completions):
             store.add(
                 Answer(

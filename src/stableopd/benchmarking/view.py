@@ -23,9 +23,12 @@ def print_results(console: Console, results: Sequence[EvalResult]) -> None:
                 console.print(
                     f"[yellow]the judge {what} on {count} answer{'s' if count > 1 else ''}: counted as wrong[/]"
                 )
-    if len(results) > 1:
-        mean = sum(result.accuracy.value for result in results) / len(results)
-        console.print(f"mean of {len(results)} benchmarks: [bold]{mean:.1%}[/]", highlight=False)
+    sampled = [result for result in results if result.settings.temperature]
+    greedy = [result for result in results if not result.settings.temperature]
+    for several, how in ((sampled, ""), (greedy, ", greedy")):
+        if len(several) > 1:
+            mean = sum(result.accuracy.value for result in several) / len(several)
+            console.print(f"mean of {len(several)} benchmarks{how}: [bold]{mean:.1%}[/]", highlight=False)
 
 
 def to_json(results: Sequence[EvalResult]) -> str:
@@ -34,7 +37,8 @@ def to_json(results: Sequence[EvalResult]) -> str:
 
 
 def _table(result: EvalResult) -> Table:
-    table = Table(title=f"{escape(result.benchmark)}, {len(result.prompts)} questions", title_justify="left")
+    how = "" if result.settings.temperature else ", greedy"
+    table = Table(title=f"{escape(result.benchmark)}, {len(result.prompts)} questions{how}", title_justify="left")
     for column in ("", "mean", "95% interval"):
         table.add_column(column, justify="left" if not column else "right")
     for name, figure in result.figures.items():

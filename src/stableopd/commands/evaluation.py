@@ -109,6 +109,8 @@ def evaluate_command(
             planned.append(replace(settings, temperature=0.0, num_samples=1))
 
     from stableopd.benchmarking.running import evaluate_model
+    from stableopd.benchmarking.subject import load_subject
+    from stableopd.benchmarking.timed import TimedJudge
     from stableopd.benchmarking.view import print_results, to_json
     from stableopd.console import quiet_libraries
     from stableopd.lines import write_atomically
@@ -116,8 +118,13 @@ def evaluate_command(
     quiet_libraries()
     results = []
     with _Bar(Console(stderr=True)) as bar:
+        for named in {settings.judge for settings in planned}:
+            with TimedJudge(named, setting="--judge") as asked:
+                asked.start()
+        bar.advance("loading the model", 0, 1)
+        subject = load_subject(planned[0])  # they differ in what is asked, not in who is
         for settings in planned:
-            results.append(evaluate_model(settings, out, bar.advance))
+            results.append(evaluate_model(settings, out, bar.advance, subject=subject))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, to_json(results) + "\n")
