@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
 
@@ -16,6 +17,7 @@ from stableopd.benchmarking.loading import load_benchmark
 from stableopd.benchmarking.results import EvalSettings
 from stableopd.benchmarking.running import evaluate_model, read_result
 from stableopd.benchmarking.subject import Subject, load_subject, resolve_model
+from stableopd.cli import main
 from stableopd.errors import ConfigError, DataError, ModelError
 from stableopd.rollout.hf import HFEngine
 
@@ -42,9 +44,29 @@ def with_(settings: EvalSettings, **changes) -> EvalSettings:
     return replace(settings, **changes)
 
 
-def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "stableopd", "eval", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., Done]]:
+    """The command as the shell calls it, in `tmp_path`, but in this process: one of its own takes its time to start."""
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGHUP)}
+
+    def command(*arguments: object) -> Done:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["stableopd", "eval", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Done(int(ended.value.code or 0), *capsys.readouterr())
+
+    yield command
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
 
 
 def generations(monkeypatch) -> list[int]:
@@ -201,17 +223,16 @@ def test_questions_without_room_for_an_answer_are_refused(settings, tmp_path):
         evaluate_model(with_(settings, max_completion_length=254), tmp_path)
 
 
-@pytest.mark.slow
-def test_the_command_prints_a_table_or_json_and_takes_several_benchmarks(checkpoints, dataset, tmp_path):
+def test_the_command_prints_a_table_or_json_and_takes_several_benchmarks(checkpoints, dataset, tmp_path, run):
     copy = tmp_path / "more.jsonl"
     copy.write_text(json.dumps({"question": "1234:", "answer": "0"}) + "\n")
     both = ["--benchmark", dataset / "validation.jsonl", "--benchmark", copy]
     common = [checkpoints / "student", *both, "--samples", 2, "--max-completion-length", 8, "--judge", JUDGE]
-    table = run(*common, cwd=tmp_path)
+    table = run(*common)
     assert table.returncode == 0, table.stderr
     for words in ("validation", "more", "avg@2", "pass@2", "maj@2", "95% interval", "mean of 2 benchmarks", "seed 0"):
         assert words in table.stdout
-    document = run(*common, "--json", cwd=tmp_path)
+    document = run(*common, "--json")
     found = json.loads(document.stdout)
     assert [result["benchmark"] for result in found] == ["validation", "more"]
     assert found[0]["generation_s"] == 0.0
@@ -221,10 +242,10 @@ def test_the_command_prints_a_table_or_json_and_takes_several_benchmarks(checkpo
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_the_command_goes_on(checkpoints, dataset, tmp_path):
+def test_killed_in_the_middle_the_command_goes_on(checkpoints, dataset, tmp_path, run):
     arguments = [
         checkpoints / "teacher", "--benchmark", dataset / "validation.jsonl", "--samples", 4, "--judge", JUDGE,
-        "--max-completion-length", 60, "--batch-size", 4,
+        "--max-completion-length", 60, "--batch-size", 4, "--num-prompts", 16,
     ]  # fmt: skip
     command = [sys.executable, "-m", "stableopd", "eval", *map(str, arguments)]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -232,13 +253,14 @@ def test_killed_in_the_middle_the_command_goes_on(checkpoints, dataset, tmp_path
     while not list(tmp_path.rglob("completions.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    resumed = run(*arguments, "--json", cwd=tmp_path)
-    fresh = run(*arguments, "--json", "--out", "fresh", cwd=tmp_path)
-    assert json.loads(resumed.stdout)[0]["prompts"] == json.loads(fresh.stdout)[0]["prompts"]
+    assert process.wait() == -signal.SIGKILL
+    (left,) = tmp_path.rglob("completions.jsonl")
+    num_left = len(left.read_text().splitlines())
+    resumed = json.loads(run(*arguments, "--json").stdout)[0]["prompts"]
+    assert 0 < num_left < 4 * len(resumed)
+    assert resumed == json.loads(run(*arguments, "--json", "--out", "fresh").stdout)[0]["prompts"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -252,37 +274,33 @@ def test_killed_in_the_middle_the_command_goes_on(checkpoints, dataset, tmp_path
         (["{model}", "--benchmark", "{data}", "--chat-template-kwargs", "[1]"], "JSON object"),
     ],
 )
-def test_bad_input_is_one_message_and_leaves_nothing(checkpoints, dataset, tmp_path, arguments, words):
+def test_bad_input_is_one_message_and_leaves_nothing(checkpoints, dataset, tmp_path, run, arguments, words):
     filled = [a.format(model=checkpoints / "student", data=dataset / "validation.jsonl") for a in arguments]
-    done = run(*filled, cwd=tmp_path)
+    done = run(*filled)
     assert done.returncode == 2
     assert words in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_the_model_is_loaded_once_for_all_benchmarks_and_after_the_judges(dataset, checkpoints, tmp_path, monkeypatch):
-    from typer.testing import CliRunner
-
+def test_the_model_is_loaded_once_for_all_benchmarks_and_after_the_judges(
+    dataset, checkpoints, tmp_path, run, monkeypatch
+):
     from stableopd.benchmarking import subject
-    from stableopd.cli import app
 
     loaded = []
     load_model = subject.load_model
     monkeypatch.setattr(subject, "load_model", lambda *given: loaded.append(given) or load_model(*given))
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "other.jsonl").write_text(json.dumps({"question": "12:", "answer": "0"}))
-    common = ["eval", str(checkpoints / "student"), "--benchmark", str(dataset / "validation.jsonl"), "--greedy"]
-    common += ["--benchmark", "other.jsonl", "--num-prompts", "2", "--max-completion-length", "4", "--json"]
-    done = CliRunner().invoke(app, common)
-    assert done.exit_code == 0
-    results = json.loads(done.stdout)
+    common = [checkpoints / "student", "--benchmark", dataset / "validation.jsonl", "--benchmark", "other.jsonl"]
+    common += ["--greedy", "--num-prompts", 2, "--max-completion-length", 4, "--json"]
+    results = json.loads(run(*common).stdout)
     assert [(one["benchmark"], one["settings"]["temperature"]) for one in results] == [
         ("validation", 0.6), ("validation", 0.0), ("other", 0.6), ("other", 0.0),
     ]  # fmt: skip
     assert len(loaded) == 1
-    refused = CliRunner().invoke(app, [*common, "--judge", "no.such:judge"])
-    assert isinstance(refused.exception, ConfigError)
+    assert run(*common, "--judge", "no.such:judge").returncode == 2
     assert len(loaded) == 1
 
 
