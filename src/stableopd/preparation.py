@@ -118,22 +118,27 @@ def prepare_data(
         stream=stream,
         gold_pool=pool,
         held_out=held_out[: config.evaluation.num_prompts],
-        benchmarks=_benchmarks(config, tokenizer, context),
+        benchmarks=_benchmarks(config, tokenizer, context, own=bool(held_out)),
     )
 
 
 def _benchmarks(
-    config: StableOPDConfig, tokenizer: PreTrainedTokenizerBase, context: int | None
+    config: StableOPDConfig, tokenizer: PreTrainedTokenizerBase, context: int | None, *, own: bool
 ) -> dict[str, list[Example]]:
-    """Raises: ConfigError when two sets of held-out prompts would share a name."""
+    """Args: `own` says that there are held-out prompts beside them.
+
+    Raises: ConfigError when two sets of held-out prompts would share a name.
+    """
     found: dict[str, list[Example]] = {}
+    taken = _with_greedy(config.evaluation.name) if own else set()
     for given in config.evaluation.benchmarks:
         benchmark = load_benchmark(given, num_problems=config.evaluation.num_prompts)
-        if benchmark.name in found or (benchmark.name == config.evaluation.name and config.evaluation.path):
+        if not taken.isdisjoint(_with_greedy(benchmark.name)):
             raise ConfigError(
                 f"evaluation.benchmarks: {given!r} is called {benchmark.name!r} like another set; rename the file, or "
                 "set evaluation.name"
             )
+        taken |= _with_greedy(benchmark.name)
         found[benchmark.name] = load_examples(
             benchmark.rows(chat=bool(tokenizer.chat_template)),
             tokenizer,
@@ -142,6 +147,10 @@ def _benchmarks(
             chat_template_kwargs=config.data.chat_template_kwargs,
         )
     return found
+
+
+def _with_greedy(name: str) -> set[str]:
+    return {name, f"{name}_greedy"}
 
 
 def check_model(role: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: StableOPDConfig) -> None:

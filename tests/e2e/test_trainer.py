@@ -445,3 +445,13 @@ def test_two_sets_of_one_name_and_benchmarks_that_are_not_there_are_refused(run_
     ):
         with pytest.raises((ConfigError, DataError), match=words):
             StableOPDTrainer(args=StableOPDConfig(**run_settings(evaluation={"benchmarks": benchmarks})))
+
+
+@pytest.mark.parametrize("name", ["validation", "validation_greedy"])
+def test_a_benchmark_may_not_take_the_name_of_held_out_rows_or_of_their_greedy_answers(run_settings, tmp_path, name):
+    rows = [{"prompt": "12:", "answer": "0"}]
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text(json.dumps(rows[0]))
+    config = StableOPDConfig(**run_settings(evaluation={"path": None, "benchmarks": [str(path)]}))
+    with pytest.raises(ConfigError, match="like another set"):
+        StableOPDTrainer(args=config, eval_dataset=rows)
