@@ -52,7 +52,7 @@ def train_teacher(
 ) -> nn.Module:
     """A reflective teacher, in evaluation mode; it has never seen a held-out program."""
     recipe = preset.teacher
-    model = _new_model(preset, recipe.size, tokenizer, seed).to(device)
+    model = new_model(preset, recipe.size, tokenizer, seed).to(device)
     learner = Learner(model, tokenizer, token_budget=preset.token_budget, bf16=preset.bf16)
     rng = np.random.default_rng([seed, _TEACHER_STREAM])
     total = recipe.verification_steps + recipe.trace_steps
@@ -71,7 +71,7 @@ def train_student(
 ) -> nn.Module:
     """A student after its cold start, in evaluation mode; it has never seen a held-out program."""
     recipe = preset.student
-    model = _new_model(preset, recipe.size, tokenizer, seed).to(device)
+    model = new_model(preset, recipe.size, tokenizer, seed).to(device)
     learner = Learner(model, tokenizer, token_budget=preset.token_budget, bf16=preset.bf16)
     rng = np.random.default_rng([seed, _STUDENT_STREAM])
     probes = draw_problems(
@@ -130,7 +130,8 @@ def prompt_example(problem: Problem, tokenizer: PreTrainedTokenizerBase, index: 
     return Example(index=index, prompt=text, prompt_ids=ids, answer=str(problem.answer))
 
 
-def _new_model(preset: Preset, size: ModelSize, tokenizer: PreTrainedTokenizerBase, seed: int) -> nn.Module:
+def new_model(preset: Preset, size: ModelSize, tokenizer: PreTrainedTokenizerBase, seed: int) -> nn.Module:
+    """An untrained Qwen3 model of this size, on the CPU."""
     return build_model(
         num_layers=size.num_layers,
         hidden_size=size.hidden_size,

@@ -33,7 +33,6 @@ from stableopd.words.traces import gold
 Role = Literal["teacher", "student"]
 
 _DATA_STREAM = 5
-_CHECKED_PROBLEMS = 200
 
 
 def build_pair(folder: Path, preset: Preset, *, teacher_seed: int = 0, student_seed: int = 0) -> None:
@@ -77,7 +76,7 @@ def write_model(folder: Path, role: Role, preset: Preset, seed: int, progress: P
 def check_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, preset: Preset) -> dict[str, float]:
     """Accuracy and truncation on held-out problems, sampled at temperature 1 and greedily."""
     rng = np.random.default_rng(_DATA_STREAM)
-    problems = draw_problems(preset.world.problems, rng, _CHECKED_PROBLEMS, held_out=True)
+    problems = draw_problems(preset.world.problems, rng, preset.checked_problems, held_out=True)
     return held_out_figures(
         engine_of(model, tokenizer, bf16=preset.bf16),
         tokenizer,

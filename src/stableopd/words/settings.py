@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from stableopd.words.problems import ProblemSettings
 from stableopd.words.traces import WordsWorld
@@ -74,6 +74,8 @@ class Preset:
     tokenizer_texts: int = 3_000
     num_train: int = 20_000
     num_validation: int = 1_000
+    checked_problems: int = 300
+    """Held-out problems on which both models are looked at before distillation."""
     token_budget: int = 4_096
     """Most tokens, padding included, in one forward pass while teacher and student are built."""
     attention: str = "eager"
@@ -96,4 +98,69 @@ CPU = Preset(
 )
 """Problems of two or three operations, at most one idle number; teacher 0.47M, student 0.19M parameters."""
 
-PRESETS: Mapping[str, Preset] = {"cpu": CPU}
+QUICK = replace(
+    CPU,
+    teacher=TeacherRecipe(
+        size=ModelSize(num_layers=2, hidden_size=32, num_heads=2),
+        verification_steps=10,
+        trace_steps=10,
+        verification_batch=16,
+        trace_batch=16,
+        warmup_steps=5,
+    ),
+    student=StudentRecipe(
+        size=ModelSize(num_layers=1, hidden_size=32, num_heads=2),
+        copying_steps=10,
+        max_steps=20,
+        probe_from=20,
+        probe_problems=16,
+        target_first_right=0.35,
+        batch_size=16,
+    ),
+    run=RunSettings(num_prompts=4, max_completion_length=48, max_steps=4, eval_every=2, eval_prompts=8),
+    tokenizer_texts=300,
+    num_train=200,
+    num_validation=40,
+    checked_problems=20,
+)
+"""Everything in seconds, to try the machinery out: models that have learnt nothing."""
+
+GPU = Preset(
+    world=WordsWorld(max_trace_tokens=192),
+    teacher=TeacherRecipe(
+        size=ModelSize(num_layers=6, hidden_size=512, num_heads=8),
+        verification_steps=1_500,
+        trace_steps=2_500,
+        verification_batch=256,
+        trace_batch=128,
+        learning_rate=6e-4,
+        warmup_steps=100,
+    ),
+    student=StudentRecipe(
+        size=ModelSize(num_layers=4, hidden_size=256, num_heads=8),
+        copying_steps=200,
+        max_steps=1_000,
+        probe_from=250,
+        target_first_right=0.35,
+        batch_size=128,
+        learning_rate=1e-3,
+        probe_problems=512,
+    ),
+    run=RunSettings(
+        num_prompts=64,
+        max_completion_length=192,
+        learning_rate=2e-4,
+        max_steps=200,
+        eval_prompts=1_000,
+        micro_batch_tokens=65_536,
+    ),
+    vocab_size=1_024,
+    num_train=100_000,
+    num_validation=2_000,
+    token_budget=65_536,
+    attention="sdpa",
+    bf16=True,
+)
+"""Problems of two to four operations, up to two idle numbers; teacher 16.3M, student 2.9M parameters."""
+
+PRESETS: Mapping[str, Preset] = {"cpu": CPU, "gpu": GPU, "quick": QUICK}

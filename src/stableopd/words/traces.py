@@ -203,9 +203,11 @@ def weighted_ids(
     """
     text = "".join(segment.text for segment in segments)
     weights = np.repeat([segment.weight for segment in segments], [len(segment.text) for segment in segments])
+    sums = np.concatenate([[0.0], np.cumsum(weights)])
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    spans = encoded["offset_mapping"][:max_tokens]
-    return tuple(encoded["input_ids"][:max_tokens]), tuple(float(weights[start:end].mean()) for start, end in spans)
+    starts, ends = np.array(encoded["offset_mapping"][:max_tokens]).T
+    means = (sums[ends] - sums[starts]) / (ends - starts)
+    return tuple(encoded["input_ids"][:max_tokens]), tuple(means.tolist())
 
 
 @dataclass(slots=True)
