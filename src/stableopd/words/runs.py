@@ -15,7 +15,7 @@ from stableopd.words.settings import COMPRESSION_THRESHOLD, TAIL_CHARS, Preset
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "opd": {"method": "opd"},
     "stableopd": {"method": "stableopd", "lambda_gold": 3.0, "beta_kl": 0.1},
-    "stableopd-1": {"method": "stableopd", "lambda_gold": 1.0, "beta_kl": 0.1},
+    "stableopd-lambda1": {"method": "stableopd", "lambda_gold": 1.0, "beta_kl": 0.1},
     "mixture": {"method": "stableopd", "lambda_gold": 3.0, "beta_kl": 0.0},
     "kl": {"method": "opd", "beta_kl": 0.1},
     "sft": {"method": "sft"},
