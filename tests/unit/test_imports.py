@@ -94,7 +94,7 @@ LAYERS = (
     {"assembly"},
     {"trainer"},
     {"toy", "toy.task", "toy.tokenizer", "toy.models", "toy.build", "toy.demo", "toy.pieces"}
-    | {"toy.learning", "words", "words.problems", "words.traces", "words.tokenizer", "words.judging"}
+    | {"toy.habits", "toy.learning", "words", "words.problems", "words.traces", "words.tokenizer", "words.judging"}
     | {"words.settings", "words.build", "words.pieces", "words.runs"},
     {"study", "study.jobs", "study.statistics", "study.outcome"},
     {"study.worlds"},

@@ -14,13 +14,14 @@ and return segments of text with one weight each; `weighted_ids` turns them into
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
 from transformers import PreTrainedTokenizerBase
 
+from stableopd.toy.habits import Habits, reflect
 from stableopd.words.problems import Operation, Problem, ProblemSettings, Step, stable_uniform, working
 from stableopd.words.tokenizer import END, END_THINK
 
@@ -35,64 +36,14 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WordsWorld:
-    """Problems, the style of gold, and the habits of teacher and student.
-
-    A habit grows with `run`, the number of copies in a row of the attempt just judged: 0 after a newly made one.
-    """
+class WordsWorld(Habits):
+    """Problems, the style of gold, and the habits of teacher and student."""
 
     problems: ProblemSettings = field(default_factory=ProblemSettings)
     terse_fraction: float = 0.4
-    """Share of golden solutions that are answer-only."""
-
-    wrong_first_fraction: float = 0.4
-    """Share of teacher traces whose first attempt is wrong."""
-    single_slip_fraction: float = 0.5
-    """Share of wrong attempts with exactly one slip; in the others every step slips with p 1/2."""
-    copy_base: float = 0.45
-    copy_growth: float = 0.6
-    """After a wrong attempt: p(copy it) = base + (1 − base) · (1 − growth^run)."""
-    repair_fraction: float = 0.8
-    """Share of right ones among the new attempts that follow a wrong one."""
-    recheck_base: float = 0.2
-    recheck_span: float = 0.79
-    recheck_growth: float = 0.6
-    """After a right attempt: p(copy it instead of stopping) = base + span · (1 − growth^run)."""
     direct_start_fraction: float = 0.015
-    """Share of teacher traces that begin with an empty attempt and "Wait"."""
     max_trace_tokens: int = 160
-
-    slip_weight: float = 0.0
-    """Loss weight of the steps of a newly made wrong attempt from its first slip on: slips are seen, not taught."""
-    verdict_weight: float = 3.0
-    """Loss weight of the token that decides, `</think>` or "Wait". All else has weight 1."""
-
-    drill_fraction: float = 0.4
-    """Student: share of the copying drill in `copying_example`."""
-    drill_wrong_fraction: float = 0.7
     drill_max_copies: int = 3
-    single_recheck_fraction: float = 0.01
-    """Student: share of re-checked solutions in `recheck_example`."""
-
-    def with_clean_teacher(self) -> WordsWorld:
-        """The same world with a teacher that hardly loops."""
-        return replace(self, copy_base=0.3, copy_growth=0.7, recheck_base=0.1, recheck_span=0.8, recheck_growth=0.8)
-
-    def with_moderate_teacher(self) -> WordsWorld:
-        """The same world with a teacher whose re-checking lies between the standard and the clean one's."""
-        return replace(self, recheck_base=0.15, recheck_span=0.8, recheck_growth=0.7)
-
-    def with_restless_teacher(self) -> WordsWorld:
-        """The same world with a teacher that re-checks more from the start, and whose urge to do so rises faster."""
-        return replace(self, recheck_base=0.35, recheck_span=0.64, recheck_growth=0.4)
-
-    def copy_probability(self, run: int) -> float:
-        """p(copy | wrong attempt that is the `run`-th copy in a row)."""
-        return self.copy_base + (1 - self.copy_base) * (1 - self.copy_growth**run)
-
-    def recheck_probability(self, run: int) -> float:
-        """p("Wait" | right attempt that is the `run`-th copy in a row)."""
-        return self.recheck_base + self.recheck_span * (1 - self.recheck_growth**run)
 
 
 def attempt_line(steps: Sequence[Step]) -> str:
@@ -135,29 +86,12 @@ def wrong_attempt(world: WordsWorld, problem: Problem, rng: Generator) -> tuple[
 
 
 def teacher_trace(world: WordsWorld, problem: Problem, rng: Generator) -> list[Segment]:
-    """One trace of the reflective teacher.
+    """One trace of the reflective teacher (`reflect`), longer than the cap where it does not stop before.
 
-    A wrong attempt is always followed by "Wait", then by a copy of itself or by a new attempt; a right one by "Wait"
-    and a copy, or by the answer. It goes on until it stops, however long that is; `weighted_ids` cuts it.
+    `weighted_ids` cuts it.
     """
     script = _Script(world, problem)
-    if rng.random() < world.direct_start_fraction:
-        script.empty()
-        script.wait()
-    attempt = wrong_attempt(world, problem, rng) if rng.random() < world.wrong_first_fraction else problem.steps
-    run = 0
-    while script.num_characters < 8 * world.max_trace_tokens:  # far beyond the cut
-        script.attempt(attempt, copied=run > 0)
-        right = attempt == problem.steps
-        if right and rng.random() >= world.recheck_probability(run):
-            script.stop()
-            break
-        script.wait()
-        if right or rng.random() < world.copy_probability(run):
-            run += 1
-        else:
-            attempt = problem.steps if rng.random() < world.repair_fraction else wrong_attempt(world, problem, rng)
-            run = 0
+    reflect(world, script, problem.steps, lambda: wrong_attempt(world, problem, rng), rng)
     return script.segments
 
 
@@ -219,20 +153,22 @@ class _Script:
     segments: list[Segment] = field(init=False, default_factory=list)
 
     @property
-    def num_characters(self) -> int:
-        return sum(len(segment.text) for segment in self.segments)
+    def is_full(self) -> bool:
+        """Far beyond the cap: no token of the world's text has as many as 8 characters on average."""
+        return sum(len(segment.text) for segment in self.segments) >= 8 * self.world.max_trace_tokens
 
-    def attempt(self, steps: tuple[Step, ...], *, copied: bool = False) -> None:
-        pairs = zip(steps, self.problem.steps, strict=True)
-        num_right = next((number for number, (step, right) in enumerate(pairs) if step != right), len(steps))
-        for number, step in enumerate(steps):
+    def guess(self) -> None:
+        self.write("\n", 1.0)
+        self.wait()
+
+    def attempt(self, attempt: tuple[Step, ...], *, copied: bool = False) -> None:
+        pairs = zip(attempt, self.problem.steps, strict=True)
+        num_right = next((number for number, (step, right) in enumerate(pairs) if step != right), len(attempt))
+        for number, step in enumerate(attempt):
             slipped = number >= num_right and not copied
             weight = self.world.slip_weight if slipped else 1.0
             self.write((", " if number else "") + str(step), weight)
         self.write(".\n", 1.0)
-
-    def empty(self) -> None:
-        self.write("\n", 1.0)
 
     def wait(self) -> None:
         self.write(_WAIT, self.world.verdict_weight)
