@@ -1,11 +1,13 @@
-"""Files of JSON Lines that a kill at any instant leaves readable."""
+"""Files of JSON Lines, and folders, that a kill at any instant leaves readable."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,21 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+@contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `folder` when all went well: a folder that is there is whole."""
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    yield aside
+    aside.rename(folder)
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """A file of these records, written at once."""
+    write_atomically(path, "".join(json_line(record) for record in records))
 
 
 def json_line(record: Mapping[str, Any]) -> str:

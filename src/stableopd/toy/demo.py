@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,25 +30,23 @@ from stableopd.config import StableOPDConfig
 from stableopd.config_files import dump_config
 from stableopd.console import progress_bar, quiet_libraries
 from stableopd.errors import ConfigError, RunFolderError, StableOPDError
-from stableopd.evaluate import evaluate
+from stableopd.lines import write_lines
 from stableopd.plots import write_collapse_picture
 from stableopd.report import write_report
 from stableopd.runfolder import RunRecord, read_run
 from stableopd.sparklines import sparkline
 from stableopd.toy.build import (
-    Progress,
     StudentRecipe,
     TeacherRecipe,
     held_out_prompts,
     prompt_example,
-    toy_engine,
     train_student,
     train_teacher,
     training_prompts,
 )
+from stableopd.toy.learning import Progress, engine_of, held_out_figures
 from stableopd.toy.task import World, answer, gold, judge, prompt_text
 from stableopd.toy.tokenizer import build_tokenizer
-from stableopd.types import Sampling
 
 METHODS = ("opd", "stableopd")
 MAX_COMPLETION_LENGTH = 80
@@ -158,19 +156,15 @@ def check_model(
         replace(prompt_example(prompt, tokenizer, index), answer=answer(prompt))
         for index, prompt in enumerate(held_out_prompts(world)[:num_prompts])
     ]
-    figures: dict[str, float] = {}
-    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-        figures |= evaluate(
-            toy_engine(model, tokenizer),
-            examples,
-            Sampling(max_new_tokens=world.max_trace_tokens, temperature=temperature),
-            name=name,
-            judge=judge,
-            tokenizer=tokenizer,
-            tail_chars=TAIL_CHARS,
-            compression_threshold=COMPRESSION_THRESHOLD,
-        )
-    return {key.removeprefix("eval/"): value for key, value in figures.items()}
+    return held_out_figures(
+        engine_of(model, tokenizer),
+        tokenizer,
+        examples,
+        judge=judge,
+        max_new_tokens=world.max_trace_tokens,
+        tail_chars=TAIL_CHARS,
+        compression_threshold=COMPRESSION_THRESHOLD,
+    )
 
 
 def write_data(settings: DemoSettings, world: World) -> None:
@@ -178,12 +172,12 @@ def write_data(settings: DemoSettings, world: World) -> None:
     data = settings.out / "data"
     data.mkdir(parents=True)
     train = training_prompts(world)
-    _write_jsonl(data / "train.jsonl", (_row(world, prompt) for prompt in train))
-    _write_jsonl(data / "validation.jsonl", (_row(world, prompt) for prompt in held_out_prompts(world)))
+    write_lines(data / "train.jsonl", (_row(world, prompt) for prompt in train))
+    write_lines(data / "validation.jsonl", (_row(world, prompt) for prompt in held_out_prompts(world)))
     if settings.gold_pool:
         size = min(settings.gold_pool, len(train))
         chosen = np.random.default_rng(settings.seed).choice(len(train), size, replace=False)
-        _write_jsonl(data / "gold_pool.jsonl", (_row(world, train[i]) for i in chosen))
+        write_lines(data / "gold_pool.jsonl", (_row(world, train[i]) for i in chosen))
 
 
 def demo_config(settings: DemoSettings, method: str) -> StableOPDConfig:
@@ -224,10 +218,6 @@ def _write_config(settings: DemoSettings, method: str) -> Path:
 
 def _row(world: World, prompt: str) -> dict[str, str]:
     return {"prompt": prompt_text(prompt), "gold": gold(world, prompt), "answer": answer(prompt)}
-
-
-def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @contextmanager

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 from stableopd.console import quiet_libraries
+from stableopd.lines import made_whole, write_lines
 from stableopd.toy.build import held_out_prompts, train_student, train_teacher, training_prompts
 from stableopd.toy.demo import TOKENIZER, DemoSettings, check_model, one_thread
 from stableopd.toy.task import World, answer, gold, prompt_text, solution
@@ -25,17 +25,15 @@ _POOL_STREAM = 3
 def write_model(folder: Path, role: str, settings: DemoSettings) -> None:
     """A teacher or a student of `settings.seed` with its tokenizer, and `checks.json`: what it can do untaught."""
     world = settings.build_world()
-    aside = _aside(folder)
-    with one_thread():
+    with made_whole(folder) as aside, one_thread():
         if role == "teacher":
             model = train_teacher(world, TOKENIZER, settings.seed, settings.teacher_recipe, _silent)
         else:
             model = train_student(world, TOKENIZER, settings.seed, settings.student_recipe, _silent)
         checks = check_model(model, TOKENIZER, world)
-    model.save_pretrained(aside)  # type: ignore[operator]
-    TOKENIZER.save_pretrained(str(aside))
-    (aside / "checks.json").write_text(json.dumps(checks, indent=2) + "\n")
-    aside.rename(folder)
+        model.save_pretrained(aside)  # type: ignore[operator]
+        TOKENIZER.save_pretrained(str(aside))
+        (aside / "checks.json").write_text(json.dumps(checks, indent=2) + "\n")
 
 
 def write_data(folder: Path, world: World, pool_size: int, seed: int = 0) -> None:
@@ -43,7 +41,6 @@ def write_data(folder: Path, world: World, pool_size: int, seed: int = 0) -> Non
 
     The column `gold` is the world's own (terse in part), `gold_chain` shows its working for every prompt.
     """
-    aside = _aside(folder)
     train = training_prompts(world)
     chosen = np.random.default_rng([seed, _POOL_STREAM]).choice(len(train), min(pool_size, len(train)), replace=False)
     files = {
@@ -51,9 +48,9 @@ def write_data(folder: Path, world: World, pool_size: int, seed: int = 0) -> Non
         "validation.jsonl": held_out_prompts(world),
         "gold_pool.jsonl": [train[index] for index in chosen],
     }
-    for name, prompts in files.items():
-        (aside / name).write_text("".join(json.dumps(_row(world, prompt)) + "\n" for prompt in prompts))
-    aside.rename(folder)
+    with made_whole(folder) as aside:
+        for name, prompts in files.items():
+            write_lines(aside / name, (_row(world, prompt) for prompt in prompts))
 
 
 def _row(world: World, prompt: str) -> dict[str, str]:
@@ -63,14 +60,6 @@ def _row(world: World, prompt: str) -> dict[str, str]:
         "gold_chain": solution(prompt, terse=False),
         "answer": answer(prompt),
     }
-
-
-def _aside(folder: Path) -> Path:
-    """An empty folder beside `folder`, to be renamed to it."""
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    return aside
 
 
 def _silent(name: str, step: int, total: int, loss: float) -> None:

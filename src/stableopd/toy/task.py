@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import accumulate, product
 from typing import NamedTuple
 
 from numpy.random import Generator
+
+from stableopd.toy.habits import Habits, reflect
 
 ALPHABET = "0123456789:;yw=$_"
 EOS = "$"
@@ -39,45 +41,10 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class World:
-    """Settings of a world: its prompts, the style of its gold, the habits of its teacher and student.
-
-    A habit grows with `run`, the number of copies in a row of the attempt just judged: 0 after a
-    newly made attempt, so that `copy_base` and `recheck_base` are the habits at a first verdict.
-    """
+class World(Habits):
+    """Settings of a world: its prompts, the style of its gold, the habits of its teacher and student."""
 
     num_digits: int = 4
-    terse_fraction: float = 0.0
-    """Share of golden solutions that are answer-only."""
-
-    wrong_first_fraction: float = 0.4
-    """Share of teacher traces whose first attempt is wrong."""
-    single_slip_fraction: float = 0.5
-    """Share of wrong attempts with exactly one slip; the others have 1 to `num_digits`, all as likely."""
-    copy_base: float = 0.45
-    copy_growth: float = 0.6
-    """After a wrong attempt: p(copy it) = base + (1 − base) · (1 − growth^run)."""
-    repair_fraction: float = 0.8
-    """Share of right ones among the new attempts that follow a wrong one."""
-    recheck_base: float = 0.2
-    recheck_span: float = 0.79
-    recheck_growth: float = 0.6
-    """After a right attempt: p(copy it instead of stopping) = base + span · (1 − growth^run)."""
-    direct_start_fraction: float = 0.0
-    """Share of teacher traces that begin with `;w`, a direct answer thought better of."""
-    max_trace_tokens: int = 100
-
-    slip_weight: float = 0.0
-    """Loss weight of the digits of a newly made wrong attempt: slips are seen, but not taught."""
-    verdict_weight: float = 3.0
-    """Loss weight of the character that decides, `y` or `w`. All else has weight 1."""
-
-    drill_fraction: float = 0.4
-    """Student: share of the copying drill in `copying_example`."""
-    drill_wrong_fraction: float = 0.7
-    drill_max_copies: int = 5
-    single_recheck_fraction: float = 0.01
-    """Student: share of re-checked solutions in `recheck_example`."""
 
     @classmethod
     def a(cls) -> World:
@@ -88,33 +55,6 @@ class World:
     def t4(cls) -> World:
         """World T4: 40% of the gold is terse, and the teacher answers a direct guess with `w` and a chain."""
         return cls(terse_fraction=0.4, direct_start_fraction=0.015)
-
-    def with_clean_teacher(self) -> World:
-        """The same world with a teacher that hardly loops, even when decoded greedily."""
-        return replace(
-            self,
-            copy_base=0.3,
-            copy_growth=0.7,
-            recheck_base=0.1,
-            recheck_span=0.8,
-            recheck_growth=0.8,
-        )
-
-    def with_moderate_teacher(self) -> World:
-        """The same world with a teacher whose re-checking lies between the standard and the clean one's."""
-        return replace(self, recheck_base=0.15, recheck_span=0.8, recheck_growth=0.7)
-
-    def with_restless_teacher(self) -> World:
-        """The same world with a teacher that re-checks more from the start, and whose urge to do so rises faster."""
-        return replace(self, recheck_base=0.35, recheck_span=0.64, recheck_growth=0.4)
-
-    def copy_probability(self, run: int) -> float:
-        """p(copy | wrong attempt that is the `run`-th copy in a row)."""
-        return self.copy_base + (1 - self.copy_base) * (1 - self.copy_growth**run)
-
-    def recheck_probability(self, run: int) -> float:
-        """p(`w` | right attempt that is the `run`-th copy in a row)."""
-        return self.recheck_base + self.recheck_span * (1 - self.recheck_growth**run)
 
 
 def prompts(world: World) -> list[str]:
@@ -176,24 +116,7 @@ def teacher_trace(world: World, prompt: str, rng: Generator) -> Sample:
     that reaches `max_trace_tokens` is cut there and has no `$`.
     """
     script = _Script(world, prompt)
-    if rng.random() < world.direct_start_fraction:
-        script.wait()
-    wrong = rng.random() < world.wrong_first_fraction
-    attempt = wrong_attempt(world, prompt, rng) if wrong else script.right
-    run = 0
-    while len(script) < world.max_trace_tokens:
-        script.attempt(attempt, copied=run > 0)
-        right = attempt == script.right
-        if right and rng.random() >= world.recheck_probability(run):
-            script.stop()
-            break
-        script.wait()
-        if right or rng.random() < world.copy_probability(run):
-            run += 1
-        else:
-            repaired = rng.random() < world.repair_fraction
-            attempt = script.right if repaired else wrong_attempt(world, prompt, rng)
-            run = 0
+    reflect(world, script, script.right, lambda: wrong_attempt(world, prompt, rng), rng)
     return script.sample(world.max_trace_tokens)
 
 
@@ -266,12 +189,16 @@ class _Script:
     def __post_init__(self) -> None:
         self.right = chain(self.prompt)
 
-    def __len__(self) -> int:
-        return len(self.text)
+    @property
+    def is_full(self) -> bool:
+        return len(self.text) >= self.world.max_trace_tokens
 
-    def attempt(self, sums: str, *, copied: bool = False) -> None:
-        slipped = sums != self.right and not copied
-        self._write(sums, self.world.slip_weight if slipped else 1.0)
+    def guess(self) -> None:
+        self.wait()
+
+    def attempt(self, attempt: str, *, copied: bool = False) -> None:
+        slipped = attempt != self.right and not copied
+        self._write(attempt, self.world.slip_weight if slipped else 1.0)
 
     def wait(self) -> None:
         self._write(";", 1.0)
