@@ -10,6 +10,10 @@ import yaml
 
 from stableopd.config import PRESETS, StableOPDConfig
 from stableopd.config_files import load_config
+from stableopd.study.cells import cells_of
+from stableopd.study.config import load_study
+from stableopd.study.outcome import read_outcomes
+from stableopd.study.running import settings_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,13 +60,27 @@ def test_the_table_of_presets_in_the_documents_is_the_one_in_the_code():
     [
         "README.md",
         "CONTRIBUTING.md",
-        *(
-            f"docs/{n}.md"
-            for n in ("losses", "data", "demo", "diagnose", "health", "integrations", "performance", "watching")
-        ),
+        *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
     ],
 )
 def test_links_lead_somewhere(document):
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+def test_the_study_in_the_documents_parses_and_all_of_its_runs_are_possible(tmp_path):
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "studies.md").read_text(), re.DOTALL)
+    (tmp_path / "study.yaml").write_text(block)
+    arms = {cell.arm for cell in cells_of(load_study(tmp_path / "study.yaml"))}
+    assert {"stableopd", "opd", "sft", "sweep lambda_gold=0.1 beta_kl=0.0"} <= arms
+
+
+def test_the_stored_results_of_studies_are_those_of_their_settings():
+    for path in sorted((ROOT / "docs" / "results").glob("*.jsonl")):
+        study = load_study(ROOT / "studies" / f"{path.stem}.yaml")
+        digests = {(cell.arm, cell.pair, cell.seed): settings_digest(study, cell) for cell in cells_of(study)}
+        outcomes = read_outcomes(path)
+        assert outcomes
+        for outcome in outcomes:
+            assert outcome.digest == digests[outcome.key], outcome.key
