@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,11 +83,12 @@ def test_methods_differ_in_their_coefficients_and_folder_only(pair, tmp_path):
 def test_training_lowers_the_loss_and_depends_on_the_seed_alone(train):
     import torch
 
+    small = replace(QUICK, teacher=replace(QUICK.teacher, trace_steps=4), student=replace(QUICK.student, max_steps=14))
     tokenizer = build_tokenizer(QUICK)
 
     def losses(seed):
         found = []
-        train(QUICK, tokenizer, seed, torch.device("cpu"), lambda name, step, total, loss: found.append(loss))
+        train(small, tokenizer, seed, torch.device("cpu"), lambda name, step, total, loss: found.append(loss))
         return found
 
     first = losses(1)
@@ -116,10 +119,15 @@ def test_arguments_of_the_benchmark_are_checked(benchmark_script, tmp_path, caps
     assert "there is no 'magic'" in capsys.readouterr().err
 
 
-def test_the_benchmark_starts_nothing_twice(benchmark_script, tmp_path, capsys):
+def test_the_benchmark_uses_what_is_there_and_starts_nothing_twice(pair, benchmark_script, tmp_path, capsys):
     arguments = ["--quick", "--methods", "opd", "--out", str(tmp_path)]
+    pieces = benchmark_script.jobs_of(benchmark_script.parse(arguments), 0)[:3]
+    for job, made in zip(pieces, ("data", "teacher", "student"), strict=True):
+        shutil.copytree(pair / made, job.stem)
+        job.record.write_text(json.dumps({"digest": job.digest}))
     assert benchmark_script.main(arguments) == 0
     first = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1] for line in first if line.startswith("done in")] == ["opd, seed 0"]
     assert json.loads(first[-1])["opd"]["runs"] == 1
     assert benchmark_script.main(arguments) == 0
     again = capsys.readouterr().out.splitlines()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,25 +20,21 @@ from stableopd.words.tokenizer import END
 PRESET = PRESETS["quick"]
 
 
-@pytest.fixture(scope="module")
-def words():
+@cache
+def trained_once():
     return build_tokenizer(PRESET)
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.fixture
+def words():
+    return trained_once()
+
+
+@settings(max_examples=60, deadline=None)
 @given(text=st.text(max_size=60))
 def test_any_text_reads_back(text):
-    tokenizer = _cached()
+    tokenizer = trained_once()
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-
-
-_TOKENIZERS = []
-
-
-def _cached():
-    if not _TOKENIZERS:
-        _TOKENIZERS.append(build_tokenizer(PRESET))
-    return _TOKENIZERS[0]
 
 
 def test_words_of_the_world_are_single_tokens(words):

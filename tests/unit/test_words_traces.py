@@ -75,9 +75,9 @@ def test_only_an_answer_behind_the_thinking_counts(completion, right):
 
 
 def test_the_terse_share_of_gold_is_fixed_by_the_problem(rng):
-    problems = draw_problems(WORLD.problems, rng, 1_000, held_out=False)
-    share = sum(gold(WORLD, problem).startswith("\n" + END_THINK) for problem in problems) / 1_000
-    assert abs(share - WORLD.terse_fraction) < 0.05
+    problems = draw_problems(WORLD.problems, rng, 500, held_out=False)
+    share = sum(gold(WORLD, problem).startswith("\n" + END_THINK) for problem in problems) / 500
+    assert abs(share - WORLD.terse_fraction) < 0.08
     assert all(gold(WORLD, problem) == gold(WORLD, problem) for problem in problems[:10])
     assert not any(is_terse(replace(WORLD, terse_fraction=0.0), problem) for problem in problems)
 
@@ -109,7 +109,7 @@ def test_a_teacher_stops_only_after_a_right_attempt_and_waits_after_every_wrong_
 def test_the_habit_of_checking_grows_with_the_number_of_checks_in_a_row(rng):
     world = replace(WORLD, wrong_first_fraction=0.0, direct_start_fraction=0.0)
     problem = draw_problem(world.problems, rng)
-    counts = np.array([text_of(teacher_trace(world, problem, rng)).count("Wait") for _ in range(1_500)])
+    counts = np.array([text_of(teacher_trace(world, problem, rng)).count("Wait") for _ in range(1_000)])
     for run in range(3):
         reached = counts >= run
         measured = (counts[reached] > run).mean()
