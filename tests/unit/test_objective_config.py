@@ -263,7 +263,8 @@ def test_settings_are_frozen_and_their_changes_are_told_by_name():
 
 
 def test_examples_in_the_documents_parse():
-    blocks = [(d.name, b) for d in DOCUMENTS for b in re.findall(r"```yaml\n(.*?)```", d.read_text(), re.DOTALL)]
+    runs = [document for document in DOCUMENTS if document.name != "studies.md"]  # see test_shipped_files
+    blocks = [(d.name, b) for d in runs for b in re.findall(r"```yaml\n(.*?)```", d.read_text(), re.DOTALL)]
     assert blocks
     for name, block in blocks:
         try:
@@ -272,7 +273,7 @@ def test_examples_in_the_documents_parse():
             pytest.fail(f"{name}: {error}")
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_ask_for_a_method_with_its_coefficients(recipe):
     config = load_config(recipe)
     assert any(getattr(config.objective, name).coef for name in PRESETS[config.method])
