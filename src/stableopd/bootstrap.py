@@ -26,10 +26,6 @@ class Estimate:
     high: float | None
     num_runs: int
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low is not None and self.high is not None and not self.low <= 0.0 <= self.high
-
 
 def mean_of_runs(
     values: Sequence[float], *, factors: Sequence[Factors] | None = None, confidence: float = 0.95, seed: int = 0

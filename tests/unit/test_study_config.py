@@ -134,6 +134,9 @@ def test_the_digest_is_that_of_what_matters_to_the_result():
         return settings_digest(changed, cells_of(changed)[0])
 
     assert digest() == digest(output_dir="elsewhere", parallel=4, base={**BASE, "logging": {"every_steps": 9}})
+    assert digest() == digest(base={**BASE, "checkpoint": {"every_steps": 7}})
+    back = {**BASE, "health": {"actions": "rollback"}}
+    assert digest(base=back) != digest(base={**back, "checkpoint": {"every_steps": 7}})
     assert digest() != digest(base={**BASE, "learning_rate": 2e-6})
     assert digest() != digest(base={**BASE, "student": {"model_name_or_path": "other"}})
     assert digest() != digest(cold_start={"max_steps": 3})

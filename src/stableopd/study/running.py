@@ -106,7 +106,10 @@ def _without_twins(study: StudyConfig, cells: Sequence[Cell], known: Sequence[Ou
 
 def _run_key(cell: Cell) -> str:
     """Names the run itself: everything that it depends on, which without a teacher's term is not the teacher."""
-    left_out = {**_NO_RESULT, **({} if cell.config.objective.needs_teacher else {"teacher": True, "teachers": True})}
+    left_out = {
+        **_no_result(cell.config),
+        **({} if cell.config.objective.needs_teacher else {"teacher": True, "teachers": True}),
+    }
     settings = cell.config.model_dump(mode="json", exclude=left_out)
     return json.dumps([cell.arm, settings], sort_keys=True)
 
@@ -157,11 +160,16 @@ def settings_digest(study: StudyConfig, cell: Cell) -> str:
 
 
 def _settings(study: StudyConfig, config: StableOPDConfig) -> str:
-    places = {**_NO_RESULT, **(_PLACES_IN_A_WORLD if study.world else {})}
+    places = {**_no_result(config), **(_PLACES_IN_A_WORLD if study.world else {})}
     return json.dumps(config.model_dump(mode="json", exclude_unset=True, exclude=places), sort_keys=True)
 
 
-_NO_RESULT: dict[str, Any] = {"output_dir": True, "logging": True, "checkpoint": True, "num_processes": True}
+def _no_result(config: StableOPDConfig) -> dict[str, Any]:
+    """Settings that do not change what comes out. How often a checkpoint is written does, where a run may go back."""
+    left_out = {"output_dir": True, "logging": True, "num_processes": True}
+    return left_out if config.health.actions == "rollback" else {**left_out, "checkpoint": True}
+
+
 _PLACES_IN_A_WORLD: dict[str, Any] = {
     "data": {"path", "gold_path"},
     "evaluation": {"path"},
