@@ -144,6 +144,9 @@ def test_the_digest_is_that_of_what_matters_to_the_result():
     world = {**WORLD, "teachers": {"a": {"seed": 9}}}
     assert digest(world=WORLD) == digest(world=WORLD, output_dir="moved")
     assert digest(world=WORLD) != digest(world=world)
+    pool = {**BASE, "data": {"gold_path": "{world}/data/gold_pool.jsonl"}}
+    assert digest(world=WORLD, base=pool) == digest(world=WORLD, base=pool, output_dir="moved")
+    assert digest(world=WORLD, base=pool) != digest(world=WORLD)
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,10 @@ def settings_digest(study: StudyConfig, cell: Cell) -> str:
 
 def _settings(study: StudyConfig, config: StableOPDConfig) -> str:
     places = {**_no_result(config), **(_PLACES_IN_A_WORLD if study.world else {})}
-    return json.dumps(config.model_dump(mode="json", exclude_unset=True, exclude=places), sort_keys=True)
+    text = json.dumps(config.model_dump(mode="json", exclude_unset=True, exclude=places), sort_keys=True)
+    for name, place in (study.world.placeholders(study.folder) if study.world else {}).items():
+        text = text.replace(json.dumps(place)[1:-1], f"{{{name}}}")
+    return text
 
 
 def _no_result(config: StableOPDConfig) -> dict[str, Any]:
@@ -171,7 +174,7 @@ def _no_result(config: StableOPDConfig) -> dict[str, Any]:
 
 
 _PLACES_IN_A_WORLD: dict[str, Any] = {
-    "data": {"path", "gold_path"},
+    "data": {"path"},
     "evaluation": {"path"},
     "student": {"model_name_or_path"},
     "teacher": {"model_name_or_path"},
