@@ -91,7 +91,7 @@ def test_killed_by_the_system_the_same_command_goes_on_to_the_same_bytes(invoke,
         done = invoke(*options, out)
         assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in whole.iterdir())
-    assert names == ["README.md", "card.json", "cold_start.jsonl", "opd.jsonl"]
+    assert names == ["README.md", "card.json", "cold_start.jsonl", "heldout.jsonl", "opd.jsonl"]
     assert names == sorted(path.name for path in killed.iterdir())
     assert all((whole / name).read_bytes() == (killed / name).read_bytes() for name in names)
 

@@ -43,7 +43,7 @@ def make(path: Path, out: Path, recipe: Recipe = SMALL, judge=None) -> dict:
 def written_rows(out: Path, *parts: str) -> list[dict]:
     return [
         json.loads(line)
-        for part in parts or ("cold_start", "opd")
+        for part in parts or ("cold_start", "opd", "heldout")
         for line in (out / f"{part}.jsonl").read_text().splitlines()
     ]
 
@@ -143,22 +143,32 @@ def test_a_generation_of_just_the_longest_length_stays(tmp_path):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.randoms(use_true_random=False), st.integers(0, 5), st.sampled_from([None, 0, 3, 10, 10_000]))
-def test_no_order_of_rows_changes_a_prompts_part_and_no_prompt_is_in_both(tmp_path_factory, chance, seed, number):
+@given(
+    st.randoms(use_true_random=False),
+    st.integers(0, 5),
+    st.sampled_from([None, 0, 3, 10, 10_000]),
+    st.sampled_from([0, 2, 500]),
+)
+def test_no_order_of_rows_changes_a_prompts_part_and_no_prompt_is_in_two(
+    tmp_path_factory, chance, seed, number, heldout
+):
     folder = tmp_path_factory.mktemp("split")
     rows = many_rows(60, seed)
-    recipe = replace(SMALL, seed=seed, num_cold_start=number, duplicates="keep")
+    recipe = replace(SMALL, seed=seed, num_cold_start=number, num_heldout=heldout, duplicates="keep")
     make(write_jsonl(folder / "a.jsonl", rows), folder / "a", recipe)
     chance.shuffle(rows)
     make(write_jsonl(folder / "b.jsonl", rows), folder / "b", recipe)
     parts = {}
-    for part in ("cold_start", "opd"):
+    for part in ("cold_start", "opd", "heldout")[: 3 if heldout else 2]:
         parts[part] = Counter(json.dumps(one) for one in written_rows(folder / "a", part))
         assert parts[part] == Counter(json.dumps(one) for one in written_rows(folder / "b", part))
     prompts = {part: {json.loads(one)["problem"] for one in rows} for part, rows in parts.items()}
-    assert not prompts["cold_start"] & prompts["opd"]
+    everything = set.union(*prompts.values())
+    assert sum(len(ones) for ones in prompts.values()) == len(everything)
+    if heldout:
+        assert len(prompts["heldout"]) == min(heldout, len(everything) // 10) > 0
     if number is not None:
-        assert len(prompts["cold_start"]) == min(number, len(prompts["cold_start"] | prompts["opd"]))
+        assert len(prompts["cold_start"]) == min(number, len(everything) - len(prompts.get("heldout", ())))
 
 
 def test_prompts_that_differ_in_white_space_or_form_are_one_prompt():
@@ -191,7 +201,8 @@ def test_killed_at_every_file_operation_it_goes_on_to_the_same_bytes(tmp_path):
     kills = killed_until_done(lambda: make(path, tmp_path / "killed", recipe))
     assert kills > 10
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    assert set(contents(tmp_path / "whole")) == {"cold_start.jsonl", "opd.jsonl", "README.md", "card.json"}
+    parts = {"cold_start.jsonl", "opd.jsonl", "heldout.jsonl"}
+    assert set(contents(tmp_path / "whole")) == {*parts, "README.md", "card.json"}
 
 
 def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(tmp_path):

@@ -30,7 +30,9 @@ Choose = Literal["shortest", "first", "random"]
     "the same command goes on"
 )
 def openr1(
-    out: Annotated[Path, typer.Option(help="Folder to write: cold_start.jsonl, opd.jsonl, README.md, card.json.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder to write: cold_start.jsonl, opd.jsonl, heldout.jsonl, README.md, card.json.")
+    ],
     tokenizer: Annotated[str, typer.Option(help="The student, a folder or a hub id: its tokenizer counts lengths.")],
     source: Annotated[
         str,
@@ -46,6 +48,9 @@ def openr1(
     num_cold_start: Annotated[
         int | None, typer.Option(min=0, help="Exactly so many prompts for cold start, in place of a share.")
     ] = None,
+    num_heldout: Annotated[
+        int, typer.Option(min=0, help="Prompts kept aside to evaluate on during training, a tenth of all at most.")
+    ] = 500,
     judge: Annotated[
         Literal["stored", "math"],
         typer.Option(help="What is right: the dataset's own verdict (correctness_math_verify), or Math-Verify now."),
@@ -95,6 +100,7 @@ def openr1(
         seed=seed,
         cold_start_fraction=PAPER_COLD_START_FRACTION if cold_start_fraction is None else cold_start_fraction,
         num_cold_start=num_cold_start,
+        num_heldout=num_heldout,
         prompt_format=prompt_format,
         instruction=INSTRUCTION if instruction is None else instruction,
         duplicates=duplicates,

@@ -1,4 +1,4 @@
-"""The paper's data: one golden solution per prompt of OpenR1-Math-220k, and the split for cold start and OPD.
+"""The paper's data: one golden solution per prompt of OpenR1-Math-220k, split for cold start, OPD and evaluation.
 
 Source: Luo et al. 2026, arXiv 2604.08527, set-up of the experiments. Repetition is checked as well: the paper
 asks it of golden solutions without saying where.
@@ -67,6 +67,8 @@ class Recipe:
     cold_start_fraction: float = PAPER_COLD_START_FRACTION
     num_cold_start: int | None = None
     """Exactly so many prompts for the cold start, in place of a share."""
+    num_heldout: int = 500
+    """Prompts kept aside to evaluate on, a tenth of all at most."""
     prompt_format: Literal["chat", "text"] = "chat"
     instruction: str = INSTRUCTION
     """Put behind each problem, on a line of its own; empty: nothing."""

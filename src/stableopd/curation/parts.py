@@ -15,14 +15,15 @@ from stableopd.curation.cards import read_card, write_card
 from stableopd.curation.journal import Journal, check_same_settings
 from stableopd.curation.openr1 import KEPT, Recipe, Tally, card_of, select, tokenizer_digest
 from stableopd.curation.sources import Source
-from stableopd.curation.splitting import threshold_of_fraction, threshold_of_number
+from stableopd.curation.splitting import threshold_of_fraction, threshold_of_largest, threshold_of_number
 from stableopd.errors import DataError, RunFolderError
 from stableopd.protocols import Judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PARTS = ("cold_start", "opd")
+PARTS = ("cold_start", "opd", "heldout")
+_LARGEST_HELDOUT = 0.1
 CARD, README, WORK = "card.json", "README.md", ".work"
 
 
@@ -78,7 +79,7 @@ def make_parts(
     names: Mapping[str, str],
     on_rows: Callable[[int], None] = lambda number: None,
 ) -> dict[str, Any]:
-    """Writes `cold_start.jsonl`, `opd.jsonl`, `README.md` and `card.json` into `out`; returns the card.
+    """Writes `cold_start.jsonl`, `opd.jsonl`, `heldout.jsonl`, `README.md` and `card.json`; returns the card.
 
     Args: `names` are what the user calls source and tokenizer, for the card.
 
@@ -139,20 +140,26 @@ def _kept(journal: Journal) -> Iterator[tuple[int, int, str]]:
         yield int(draw), int(tokens), row
 
 
-def _threshold(rows: Iterable[tuple[int, int, str]], recipe: Recipe) -> int:
-    if recipe.num_cold_start is None:
-        return threshold_of_fraction(recipe.cold_start_fraction)
-    return threshold_of_number({draw for draw, _, _ in rows}, recipe.num_cold_start)
+def _thresholds(rows: Iterable[tuple[int, int, str]], recipe: Recipe) -> tuple[int, int]:
+    """Draws below the first are the cold start's, those from the second on are held out, which goes before."""
+    draws = {draw for draw, _, _ in rows}
+    cold_start = (
+        threshold_of_fraction(recipe.cold_start_fraction)
+        if recipe.num_cold_start is None
+        else threshold_of_number(draws, recipe.num_cold_start)
+    )
+    return cold_start, threshold_of_largest(draws, min(recipe.num_heldout, int(_LARGEST_HELDOUT * len(draws))))
 
 
 def _split(journal: Journal, recipe: Recipe, out: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Counter[int]]]:
-    """Writes both parts; returns rows and digest, and lengths of gold, of each."""
-    threshold = _threshold(_kept(journal), recipe)
-    lengths: dict[str, Counter[int]] = {f"gold of {part}": Counter() for part in PARTS}
-    with written(*(out / f"{part}.jsonl" for part in PARTS)) as files:
+    """Writes the parts; returns rows and digest, and lengths of gold, of each."""
+    cold_start, heldout = _thresholds(_kept(journal), recipe)
+    parts = PARTS if recipe.num_heldout else PARTS[:2]
+    lengths: dict[str, Counter[int]] = {f"gold of {part}": Counter() for part in parts}
+    with written(*(out / f"{part}.jsonl" for part in parts)) as files:
         for draw, tokens, row in _kept(journal):
-            part = 0 if draw < threshold else 1
+            part = 2 if draw >= heldout else 0 if draw < cold_start else 1
             files[part].write(row)
             lengths[f"gold of {PARTS[part]}"][tokens] += 1
-        outputs = {f"{part}.jsonl": file.figures() for part, file in zip(PARTS, files, strict=True)}
+        outputs = {f"{part}.jsonl": file.figures() for part, file in zip(parts, files, strict=True)}
     return outputs, lengths

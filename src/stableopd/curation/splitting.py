@@ -24,6 +24,12 @@ def threshold_of_fraction(fraction: float) -> int:
     return int(fraction * 2**64)
 
 
+def threshold_of_largest(draws: Collection[int], number: int) -> int:
+    """The threshold from which on exactly `number` of distinct draws lie; all of them where there are fewer."""
+    ordered = sorted(draws)
+    return ordered[-min(number, len(ordered))] if number and ordered else 2**64
+
+
 def threshold_of_number(draws: Collection[int], number: int) -> int:
     """The threshold below which exactly `number` of distinct draws lie; all of them where there are fewer."""
     ordered = sorted(draws)

@@ -98,6 +98,14 @@ CPU = Preset(
 )
 """Problems of two or three operations, at most one idle number; teacher 0.47M, student 0.19M parameters."""
 
+CPU_1M = replace(
+    CPU,
+    teacher=replace(CPU.teacher, size=ModelSize(num_layers=4, hidden_size=192, num_heads=6), learning_rate=1.2e-3),
+    student=replace(CPU.student, size=ModelSize(num_layers=4, hidden_size=160, num_heads=5), learning_rate=1.5e-3),
+    run=RunSettings(learning_rate=4e-4),
+)
+"""The same problems; teacher 1.7M, student 1.2M parameters."""
+
 QUICK = replace(
     CPU,
     teacher=TeacherRecipe(
@@ -163,4 +171,4 @@ GPU = Preset(
 )
 """Problems of two to four operations, up to two idle numbers; teacher 16.3M, student 2.9M parameters."""
 
-PRESETS: Mapping[str, Preset] = {"cpu": CPU, "gpu": GPU, "quick": QUICK}
+PRESETS: Mapping[str, Preset] = {"cpu": CPU, "cpu-1m": CPU_1M, "gpu": GPU, "quick": QUICK}
