@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 
 import pytest
 from fake_runs import write_collapsing_run, write_healthy_run
+from rich.console import Console
 
 from stableopd.errors import RunFolderError
 from stableopd.runfolder import read_run
@@ -15,7 +17,7 @@ from stableopd.study.outcome import Outcome, append_outcome, outcome_of_run, rea
 from stableopd.study.report import headline, markdown, render_study, write_study
 from stableopd.study.running import StudyRun
 from stableopd.study.table import rows_by_pair, rows_of, score
-from stableopd.study.view import cells_of_row, columns, to_json
+from stableopd.study.view import cells_of_row, columns, print_study, to_json
 
 NASTY = "</script><script>alert(1)</script>[bold]"
 
@@ -95,6 +97,15 @@ def test_pairs_have_tables_of_their_own_only_where_there_are_several():
     tables = rows_by_pair(a_run(runs))
     assert {pair: [row.arm for row in rows] for pair, rows in tables.items()} == {"p": ["stableopd"], "q": ["opd"]}
     assert tables["q"][0].difference is None  # nothing to compare with
+
+
+@pytest.mark.parametrize(("width", "interval"), [(80, "[-.050,-.050]"), (120, "-0.050 [-0.050, -0.050]")])
+def test_the_table_fits_the_terminal_and_shows_intervals_whole(width, interval):
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_study(console, a_run(two_methods(-0.05)))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    assert interval in text
 
 
 def test_figures_of_a_run_folder_tell_a_collapsed_run_from_a_healthy_one(tmp_path):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -22,13 +24,16 @@ COLUMNS: Sequence[tuple[str, str]] = (
     ("cut off", "greedy_truncation"),
 )
 
+_WIDE = 120
+"""Characters in a line from which on the table shows all columns."""
+
 
 def print_study(console: Console, run: StudyRun) -> None:
     """One table over all pairs, one for each pair where there are several, and what failed."""
     if not run.outcomes:
         console.print("no run of this study has finished yet")
     for title, rows in _tables(run):
-        console.print(_table(title, columns(run), rows))
+        console.print(_table(title, columns(run), rows, narrow=console.width < _WIDE))
     if run.outcomes:
         console.print(f"[dim]{escape(note(run))}[/]", highlight=False)
     for failure in run.failures:
@@ -72,13 +77,24 @@ def columns(run: StudyRun) -> list[str]:
     return ["method", "runs", "accuracy", against, "better", *(label for label, _ in COLUMNS), "collapsed"]
 
 
-def _table(title: str, names: Sequence[str], rows: Sequence[Row]) -> Table:
-    table = Table(title=title, title_justify="left", padding=(0, 0))
+def _table(title: str, names: Sequence[str], rows: Sequence[Row], *, narrow: bool) -> Table:
+    """`narrow` puts intervals below their means, and leaves out what table.md tells as well."""
+    padding = (0, 0) if narrow else (0, 1)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=padding, collapse_padding=True)
+    left_out = {"best", "late"} if narrow else set()
     for name in names:
-        table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
+        if name not in left_out:
+            table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in cells_of_row(row)))
+        cells = [cell for name, cell in zip(names, cells_of_row(row), strict=True) if name not in left_out]
+        table.add_row(*(escape(_narrowed(cell) if narrow else cell) for cell in cells))
     return table
+
+
+def _narrowed(cell: str) -> str:
+    """`0.712 [0.690, 0.731]` as `0.712` above `[.690,.731]`."""
+    mean, bracket, interval = cell.partition(" [")
+    return mean if not bracket else f"{mean}\n[{re.sub(r'(?<![0-9])0[.]', '.', interval.replace(' ', ''))}"
 
 
 def cells_of_row(row: Row) -> list[str]:
