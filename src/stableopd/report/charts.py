@@ -34,7 +34,7 @@ PALETTE = (
     ("#8a4f9e", "#d49ae6"),
     ("#00806a", "#35d0b0"),
     ("#5b6470", "#aeb8c4"),
-    ("#a3461c", "#ff9f6b"),
+    ("#5f8700", "#b8dc50"),
     ("#3f51b5", "#9fa8ff"),
 )
 
@@ -110,7 +110,7 @@ def colour_groups(runs: Sequence[RunRecord]) -> list[str]:
 
 def further_colour(place: int) -> tuple[str, str]:
     """Hues a golden angle apart, so that neighbours differ."""
-    hue = place * 0.381966 % 1.0
+    hue = (0.47 + place * 0.381966) % 1.0
     shades = (hls_to_rgb(hue, lightness, 0.6) for lightness in (0.36, 0.7))
     light, dark = ("#" + "".join(f"{round(255 * channel):02x}" for channel in shade) for shade in shades)
     return light, dark
