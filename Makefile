@@ -20,7 +20,7 @@ demo: $(INSTALLED)
 	$(BIN)/stableopd demo --out $(OUT)
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=30
 
 test-trl: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -e ".[dev,trl]"

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +12,12 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from stableopd.config_files import dump_config
+from stableopd.lines import write_atomically
+from stableopd.study.jobs import Ended, Job, run_jobs
 from stableopd.toy.build import train_student, train_teacher
 from stableopd.toy.demo import TOKENIZER, DemoSettings, demo_config, one_thread, write_world
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,43 +72,32 @@ def build_pairs(root: Path, pairs: Sequence[Pair]) -> None:
 def finish(root: Path, runs: Sequence[Run], parallel: int = 2) -> None:
     """Make every run that has not ended yet, so many at a time, each on one thread.
 
-    Raises: RuntimeError when one fails.
+    Raises: RuntimeError when some failed, after all the others.
     """
-    waiting = [run for run in runs if not _outcome(run.folder(root)).exists()]
-    active: list[tuple[Run, subprocess.Popen[bytes]]] = []
-    while waiting or active:
-        while waiting and len(active) < parallel:
-            run = waiting.pop(0)
-            active.append((run, _start(root, run)))
-        time.sleep(0.5)
-        for run, process in active.copy():
-            if process.poll() is None:
-                continue
-            active.remove((run, process))
-            folder = run.folder(root)
-            if process.returncode not in (0, 3):
-                raise RuntimeError(f"{folder} ended with {process.returncode}; see {folder.with_suffix('.log')}")
-            _outcome(folder).write_text(json.dumps({"returncode": process.returncode}) + "\n")
-            print(f"ran {run.pair.name}/{run.name}", flush=True)
+    ended = run_jobs([_job(root, run) for run in runs], parallel=parallel, environment=ONE_THREAD, tell=_tell)
+    failed = [f"{end.job.name}: {end.why}" for end in ended.values() if end.status != "done"]
+    if failed:
+        raise RuntimeError("\n".join(failed))
 
 
-def _start(root: Path, run: Run) -> subprocess.Popen[bytes]:
+def _job(root: Path, run: Run) -> Job:
     folder = run.folder(root)
-    config = demo_config(run.pair.settings(root), run.method)
-    path = folder.with_suffix(".yaml")
-    path.write_text(dump_config(config))
+    config = dump_config(demo_config(run.pair.settings(root), run.method))
+    write_atomically(folder.with_suffix(".yaml"), config)
     overrides = [f"{key}={json.dumps(value)}" for key, value in {**run.overrides, "output_dir": str(folder)}.items()]
-    resume = ["--resume"] if (folder / "config.yaml").exists() else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    with folder.with_suffix(".log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "stableopd", "train", str(path), *overrides, *resume],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
-        )  # fmt: skip
+    command = (sys.executable, "-m", "stableopd", "train", str(folder.with_suffix(".yaml")), *overrides, "{resume}")
+    return Job(
+        name=f"{run.pair.name}/{run.name}",
+        commands=(command,),
+        stem=folder,
+        begun=folder / "config.yaml",
+        settings="\n".join([config, *overrides]),
+    )
 
 
-def _outcome(folder: Path) -> Path:
-    return folder.with_suffix(".done")
+def _tell(ended: Ended) -> None:
+    if ended.fresh and ended.status == "done":
+        print(f"ran {ended.job.name}", flush=True)
 
 
 def _silent(name: str, step: int, total: int, loss: float) -> None:
