@@ -96,13 +96,26 @@ def _resampled_means(
     runs = np.ones((RESAMPLES, len(factors)))
     for levels in zip(*factors, strict=True):
         names = list(dict.fromkeys(levels))
-        runs *= _weights(rng, len(names))[:, [names.index(level) for level in levels]]
+        runs *= _weights(rng, np.ones(len(names), dtype=np.int64))[:, [names.index(level) for level in levels]]
     total = runs.sum(axis=1, keepdims=True)
     runs = np.divide(runs, total, out=np.full_like(runs, np.nan), where=total > 0)
-    means = [((runs @ table) * _weights(rng, table.shape[1])).sum(axis=1) for table in tables]
+    means = [_resampled_over_prompts(runs, table, rng) for table in tables]
     return np.mean(means, axis=0)  # type: ignore[no-any-return]
 
 
-def _weights(rng: np.random.Generator, size: int) -> NDArray[np.float64]:
-    """[RESAMPLES, size]: how often each of `size` was drawn, as a share."""
-    return rng.multinomial(size, np.full(size, 1 / size), size=RESAMPLES) / size
+def _resampled_over_prompts(
+    runs: NDArray[np.float64], table: NDArray[np.float64], rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """[RESAMPLES]: means of `table` over its runs with the weights `runs` and over prompts drawn with replacement.
+
+    Prompts that all runs answered alike are drawn together: only their number counts, and of right and wrong answers
+    there are few kinds.
+    """
+    kinds, numbers = np.unique(table, axis=1, return_counts=True)
+    return ((runs @ kinds) * _weights(rng, numbers)).sum(axis=1)  # type: ignore[no-any-return]
+
+
+def _weights(rng: np.random.Generator, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[RESAMPLES, kinds]: how often each kind was drawn among as many draws as there are things, as a share."""
+    total = numbers.sum()
+    return rng.multinomial(total, numbers / total, size=RESAMPLES) / total
