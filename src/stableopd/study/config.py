@@ -12,11 +12,9 @@ from stableopd.config import FLAT_NAMES, explain
 from stableopd.config_files import laid_over, read_yaml
 from stableopd.errors import ConfigError
 from stableopd.names import nearest
-from stableopd.sections import NonNegativeInt, Positive, PositiveInt, Section
+from stableopd.sections import FolderName, NonNegativeInt, Positive, PositiveInt, Section
 from stableopd.study.worlds import ToyWorld
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
-"""Names become folders."""
 OWN = ("methods", "grid", "grid_methods", "compare_with", "output_dir")
 """What a study does not inherit from the one that it extends."""
 RESERVED = ("grid", "start")
@@ -45,9 +43,9 @@ class StudyConfig(Section):
 
     base: dict[str, Any] = Field(default_factory=dict)
     """Settings that all runs share, as in the configuration of a run."""
-    methods: dict[Name, dict[str, Any]] = Field(min_length=1)
+    methods: dict[FolderName, dict[str, Any]] = Field(min_length=1)
     """Per method what is laid over `base`. `grid`: a grid of its own; `start: student`: not from the cold start."""
-    pairs: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+    pairs: dict[FolderName, dict[str, Any]] = Field(default_factory=dict)
     """Students and teachers (or anything else that all methods meet), laid over `base` before the method."""
     world: ToyWorld | None = None
     """Models and data made on the spot, in place of `pairs`."""

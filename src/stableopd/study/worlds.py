@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from stableopd.sections import Fraction, NonNegativeInt, PositiveInt, Section
+from stableopd.sections import FolderName, Fraction, NonNegativeInt, PositiveInt, Section
 from stableopd.study.jobs import Job
 
 Habit = Literal["standard", "moderate", "clean", "restless"]
@@ -26,7 +26,7 @@ class ToyWorld(Section):
     kind: Literal["t4", "a"] = "t4"
     terse_fraction: Fraction | None = None
     """Share of golden solutions that are answer-only; without it, the world's own."""
-    teachers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")], ToyTeacher] = Field(min_length=1)
+    teachers: dict[FolderName, ToyTeacher] = Field(min_length=1)
     gold_pool: PositiveInt = 128
     """Size of the scarce pool in gold_pool.jsonl."""
     quick: bool = False
