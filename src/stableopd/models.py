@@ -18,6 +18,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from stableopd.config import LoraSettings, ModelConfig, TeacherConfig
 from stableopd.errors import ConfigError, MissingDependencyError, ModelError
 from stableopd.heads import Head, HeadlessModel, evaluating
+from stableopd.names import is_a_path
 from stableopd.scoring import StatesModel
 
 _LOADING = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, StrictDataclassError)
@@ -198,13 +199,9 @@ def _require_name(config: ModelConfig, role: str) -> str:
     name = config.model_name_or_path
     if not name:
         raise ModelError(f"no {role} is given; set {role}.model_name_or_path to a local folder or a hub id")
-    if _looks_local(name) and not Path(name).is_dir():
+    if is_a_path(name) and not Path(name).is_dir():
         raise ModelError(f"{role}.model_name_or_path: there is no folder {name!r}")
     return name
-
-
-def _looks_local(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def _is_about_attention(error: Exception, implementation: str) -> bool:

@@ -1,4 +1,4 @@
-"""Names that were misspelt, and what was probably meant."""
+"""Names that were misspelt and what was probably meant; names that are folders."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def nearest(name: str, known: Collection[str]) -> str:
     whole = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
     found = whole or [by_leaf[match] for match in difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.7)]
     return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def is_a_path(model: str) -> bool:
+    """Whether the name of a model can only be a folder: a hub id is one or two plain names."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model

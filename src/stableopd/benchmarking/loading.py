@@ -79,7 +79,7 @@ def load_benchmark(
     if equals and spec is None and not Path(given).exists():
         raise ConfigError(f"{given!r}: {name!r} is no benchmark of the registry{_known(name)}")
     if spec is not None and (equals or not Path(given).exists()):
-        rows = read_rows(copy or spec.hub_id, None if copy else spec.split, setting=f"benchmark {name}")
+        rows = read_rows(copy, setting=f"benchmark {name}") if copy else _from_hub(spec, name)
         return Benchmark(
             name=canonical(name),
             problems=_registered(spec, rows, question_column, answer_column)[:num_problems],
@@ -91,6 +91,16 @@ def load_benchmark(
         raise ConfigError(f"there is no benchmark {given!r}{_known(given)}")
     rows = read_rows(given, setting="the benchmark")
     return Benchmark(name=Path(given).stem, problems=_own(rows, question_column, answer_column)[:num_problems])
+
+
+def _from_hub(spec: BenchmarkSpec, name: str) -> Rows:
+    try:
+        return read_rows(spec.hub_id, spec.split)
+    except DataError as error:
+        raise DataError(
+            f"benchmark {name} cannot be read from the hub ({spec.hub_id}, split {spec.split}): "
+            f"{error.__cause__ or error}. A copy of it does as well: {name}=FILE.parquet"
+        ) from error
 
 
 def benchmark_prompts(given: str) -> list[str]:

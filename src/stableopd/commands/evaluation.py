@@ -71,13 +71,16 @@ def evaluate_command(
 
     from stableopd.benchmarking.loading import load_benchmark
     from stableopd.benchmarking.results import EvalSettings
-    from stableopd.errors import ConfigError
+    from stableopd.errors import ConfigError, ModelError
+    from stableopd.names import is_a_path
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype is {dtype!r}; it must be auto, float32, bfloat16 or float16")
     if top_p == 0.0:
         raise ConfigError("--top-p is 0, which leaves nothing to sample from; give more than 0, or --temperature 0")
     template_kwargs = _mapping(chat_template_kwargs)
+    if is_a_path(model) and not Path(model).expanduser().is_dir():
+        raise ModelError(f"there is no folder {model!r} to take the model from")
     planned = []
     for name in benchmark:  # all of them are looked at before the first answer
         loaded = load_benchmark(
