@@ -53,6 +53,27 @@ def test_a_method_named_like_one_of_the_trainers_is_that_one():
     assert objectives["x"].method == "stableopd"
 
 
+def test_a_part_of_a_study_has_the_runs_of_the_whole_and_no_others():
+    whole = study(
+        methods={"opd": {}, "stableopd": {}, "sft": {}}, pairs={"p": {}, "q": {}}, compare_with="opd",
+        grid={"seed": [1, 2]}, grid_methods=["sft"],
+    )  # fmt: skip
+    digests = {(cell.arm, cell.pair): settings_digest(whole, cell) for cell in cells_of(whole)}
+    part = whole.only(["stableopd", "opd"], ["q"])
+    found = {(cell.arm, cell.pair): settings_digest(part, cell) for cell in cells_of(part)}
+    assert found == {key: digests[key] for key in (("opd", "q"), ("stableopd", "q"))}
+    assert part.reference_method == "opd"
+    assert whole.only(["sft", "stableopd"]).reference_method == "stableopd"
+    assert whole.only() == whole
+    made = study(world=WORLD)
+    assert made.only(pairs=["b"]).pair_names() == ["b"]
+    assert settings_digest(made, cells_of(made)[1]) == settings_digest(made, cells_of(made.only(pairs=["b"]))[0])
+    with pytest.raises(ConfigError, match="did you mean 'stableopd'"):
+        whole.only(["stabelopd"])
+    with pytest.raises(ConfigError, match="there is no pair 'r'; known: p, q"):
+        whole.only(pairs=["r"])
+
+
 def test_pair_settings_lie_over_the_base_and_the_methods_over_both():
     base = {**BASE, "learning_rate": 1e-6, "rollout": {"num_prompts": 8}}
     pairs = {"large": {"student.model_name_or_path": "large", "optimizer": {"learning_rate": 2e-6}}}

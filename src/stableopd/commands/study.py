@@ -28,6 +28,8 @@ def study(
         typer.Argument(metavar="[KEY=VALUE]...", help="Settings laid over it: parallel=2, base.max_steps=50."),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds in place of the file's: 0,1,2.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Only these methods of the file: opd,stableopd.")] = None,
+    pairs: Annotated[str | None, typer.Option(help="Only these pairs.")] = None,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Run nothing: table and report of what there is.")
     ] = False,
@@ -47,7 +49,7 @@ def study(
     given = tuple(overrides or [])
     if seeds is not None:
         given += (f"seeds={_seed_list(seeds)}",)
-    settings = load_study(config, given)
+    settings = load_study(config, given).only(_names(methods), _names(pairs))
     console = Console(stderr=as_json)
     if report_only:
         found = existing(settings)
@@ -70,6 +72,10 @@ def _seed_list(text: str) -> str:
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise ConfigError(f"--seeds is {text!r}; it must be numbers with commas between them, such as 0,1,2")
     return f"[{text}]"
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 class _Progress:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -113,6 +113,28 @@ class StudyConfig(Section):
 
     def pair_names(self) -> list[str]:
         return list(self.world.teachers if self.world else self.pairs) or ["pair"]
+
+    def only(self, methods: Collection[str] = (), pairs: Collection[str] = ()) -> Self:
+        """The study of these methods and pairs alone; none named: all of them. Its results are those of the whole.
+
+        Raises: ConfigError for a name that the study does not have.
+        """
+        for what, names, known in (("method", methods, list(self.methods)), ("pair", pairs, self.pair_names())):
+            for name in names:
+                if name not in known:
+                    raise ConfigError(f"there is no {what} {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+        changes: dict[str, Any] = {}
+        if methods:
+            crossed = tuple(name for name in self.grid_methods if name in methods)
+            changes["methods"] = {name: given for name, given in self.methods.items() if name in methods}
+            changes["compare_with"] = self.compare_with if self.compare_with in methods else None
+            changes |= {"grid_methods": crossed, "grid": {} if self.grid_methods and not crossed else self.grid}
+        if pairs and self.world:
+            teachers = {name: teacher for name, teacher in self.world.teachers.items() if name in pairs}
+            changes["world"] = self.world.model_copy(update={"teachers": teachers})
+        elif pairs and self.pairs:
+            changes["pairs"] = {name: given for name, given in self.pairs.items() if name in pairs}
+        return self.model_copy(update=changes)
 
 
 def load_study(path: str | Path, overrides: tuple[str, ...] = ()) -> StudyConfig:
