@@ -32,6 +32,7 @@ from stableopd.models import (
     load_model,
     load_tokenizer,
     lora_config,
+    merged_adapters,
     reference_of,
     with_adapters,
 )
@@ -99,7 +100,7 @@ def assemble(
     judge = TimedJudge(config.evaluation.judge, timeout_s=config.evaluation.judge_timeout_s, setting="evaluation.judge")
     reward = get_judge(config.objective.reward.function, "objective.reward.function")
     tokenizer = processing_class or load_tokenizer(config.student, "student")
-    student = model if isinstance(model, nn.Module) else load_model(config.student, "student")
+    student = model if isinstance(model, nn.Module) else merged_adapters(load_model(config.student, "student"))
     end_ids = end_token_ids(tokenizer, getattr(student, "generation_config", None)) | {*config.rollout.stop_token_ids}
     check_model("student", student, tokenizer, config)
     servers = servers_of(config, tokenizer)
