@@ -25,6 +25,7 @@ from stableopd.errors import ModelError
 from stableopd.heads import Head, HeadlessModel
 from stableopd.judges import get_judge
 from stableopd.models import (
+    check_is_whole,
     computing_module,
     context_length,
     digest_of_weights,
@@ -32,7 +33,6 @@ from stableopd.models import (
     load_model,
     load_tokenizer,
     lora_config,
-    merged_adapters,
     reference_of,
     with_adapters,
 )
@@ -100,7 +100,7 @@ def assemble(
     judge = TimedJudge(config.evaluation.judge, timeout_s=config.evaluation.judge_timeout_s, setting="evaluation.judge")
     reward = get_judge(config.objective.reward.function, "objective.reward.function")
     tokenizer = processing_class or load_tokenizer(config.student, "student")
-    student = model if isinstance(model, nn.Module) else merged_adapters(load_model(config.student, "student"))
+    student = model if isinstance(model, nn.Module) else load_model(config.student, "student")
     end_ids = end_token_ids(tokenizer, getattr(student, "generation_config", None)) | {*config.rollout.stop_token_ids}
     check_model("student", student, tokenizer, config)
     servers = servers_of(config, tokenizer)
@@ -183,6 +183,7 @@ def _teacher_sides(config: StableOPDConfig, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _trainable(student: nn.Module, config: StableOPDConfig, peft_config: Any) -> nn.Module:
+    check_is_whole(student)
     if peft_config is None and config.student.lora is not None:
         peft_config = lora_config(config.student.lora)
     if peft_config is not None:

@@ -115,23 +115,13 @@ def lora_config(settings: LoraSettings) -> Any:
     )
 
 
-def merged_adapters(model: nn.Module) -> nn.Module:
-    """The model with the adapters that its folder holds, if any, merged into its weights, all of them trainable.
-
-    A student begins with them, as after a cold start; adapters of the run itself then get a base that holds them.
-    """
-    if not getattr(model, "_hf_peft_config_loaded", False):
-        return model
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, module.get_base_layer())
-    del model.peft_config
-    model._hf_peft_config_loaded = False  # type: ignore[assignment]
-    return model.requires_grad_(True)
+def check_is_whole(student: nn.Module) -> None:
+    """Raises: ConfigError for a student from a folder of adapters: checkpoints of what is trained would lose them."""
+    if getattr(student, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            "the student is a folder of adapters, which checkpoints of this run would not hold. Give a whole model: a "
+            "run with student.lora.merge=true leaves one in its folder merged/"
+        )
 
 
 def with_adapters(model: nn.Module, peft_config: Any, *, seed: int) -> nn.Module:

@@ -115,6 +115,15 @@ def test_all_methods_of_a_pair_and_seed_begin_with_the_student_of_one_cold_start
     assert by_method["sft", "p"].config.student.model_name_or_path == "s"
 
 
+def test_a_cold_start_of_adapters_leaves_a_whole_model_or_is_refused():
+    lora = {"student": {"model_name_or_path": "s", "lora": {"r": 2, "merge": True}}}
+    cell = cells_of(study(base={**BASE, **lora}, cold_start={"max_steps": 3}))[0]
+    assert cell.config.student.model_name_or_path == "out/cold_start/pair/seed-0/merged"
+    lora["student"]["lora"]["merge"] = False
+    with pytest.raises(ConfigError, match="the cold start trains adapters"):
+        cells_of(study(base={**BASE, **lora}, cold_start={"max_steps": 3}))
+
+
 def test_a_world_makes_the_pairs_and_says_where_they_are():
     methods = {"sft": {"data": {"gold_path": "{world}/data/gold_pool.jsonl"}}}
     cells = cells_of(study(base={}, world=WORLD, methods=methods, seeds=[3]))

@@ -69,7 +69,7 @@ def _cell(study: StudyConfig, method: str, point: Mapping[str, Any], pair: str, 
     cold_start = None
     if study.cold_start is not None and study.methods[method].get("start") != "student":
         cold_start = _run(study, under, {"method": "sft", **study.cold_start}, f"cold_start/{pair}/seed-{seed}")
-        under = merged(under, {"student.model_name_or_path": str(last_checkpoint(cold_start))})
+        under = merged(under, {"student.model_name_or_path": str(student_of(cold_start))})
     folder = f"runs/{pair}/{_as_folder(arm)}/seed-{seed}"
     config = _run(study, under, merged({"method": _method_of(method)}, own, point), folder)
     return Cell(arm=arm, method=method, point=point, pair=pair, seed=seed, config=config, cold_start=cold_start)
@@ -98,8 +98,15 @@ def _filled(value: Any, names: Mapping[str, str]) -> Any:
     return value
 
 
-def last_checkpoint(config: StableOPDConfig) -> Path:
-    """Where a run that went to its end leaves its student."""
+def student_of(config: StableOPDConfig) -> Path:
+    """Where a run that went to its end leaves its student: a whole model, on which adapters can be trained again.
+
+    Raises: ConfigError for a run that leaves adapters alone.
+    """
+    if config.student.lora is not None:
+        if not config.student.lora.merge:
+            raise ConfigError("the cold start trains adapters: set student.lora.merge to true for it to leave a model")
+        return config.run_dir / "merged"
     return config.run_dir / "checkpoints" / f"step-{config.max_steps:06d}"
 
 
