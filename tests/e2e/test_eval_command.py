@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -282,6 +282,22 @@ def test_bad_input_is_one_message_and_leaves_nothing(checkpoints, dataset, tmp_p
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_greedy_answers_are_asked_for_once_whatever_a_benchmark_usually_gets(
+    dataset, checkpoints, tmp_path, run, monkeypatch
+):
+    from stableopd.benchmarking import loading
+
+    load = loading.load_benchmark
+    monkeypatch.setattr(loading, "load_benchmark", lambda *a, **given: replace(load(*a, **given), num_samples=3))
+    asked = [checkpoints / "student", "--benchmark", dataset / "validation.jsonl", "--num-prompts", 2, "--json"]
+    asked += ["--max-completion-length", 4]
+    numbers = {
+        temperature: json.loads(run(*asked, "--temperature", temperature).stdout)[0]["settings"]["num_samples"]
+        for temperature in (0.0, 0.6)
+    }
+    assert numbers == {0.0: 1, 0.6: 3}
 
 
 def test_the_model_is_loaded_once_for_all_benchmarks_and_after_the_judges(

@@ -90,7 +90,7 @@ def evaluate_command(
             model=model,
             benchmark=name,
             revision=revision,
-            num_samples=samples or loaded.num_samples,
+            num_samples=samples or (loaded.num_samples if temperature else 1),  # greedy answers are all the same
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
