@@ -13,7 +13,9 @@ from stableopd.config_files import load_config
 from stableopd.study.cells import cells_of
 from stableopd.study.config import load_study
 from stableopd.study.outcome import read_outcomes
-from stableopd.study.running import settings_digest
+from stableopd.study.running import existing, settings_digest
+from stableopd.study.table import rows_of
+from stableopd.study.view import shown
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,3 +86,15 @@ def test_the_stored_results_of_studies_are_those_of_their_settings():
         assert outcomes
         for outcome in outcomes:
             assert outcome.digest == digests[outcome.key], outcome.key
+
+
+@pytest.mark.parametrize("name", ["toy-main", "toy-defaults"])
+def test_the_tables_of_the_study_are_those_of_its_stored_results(name, tmp_path):
+    study = load_study(ROOT / "studies" / f"{name}.yaml", (f"output_dir={tmp_path}",))
+    (tmp_path / "results.jsonl").write_bytes((ROOT / "docs" / "results" / f"{name}.jsonl").read_bytes())
+    told = (ROOT / "docs" / "study.md").read_text().replace("−", "-")
+    for row in rows_of(existing(study)):
+        cells = [shown(row.accuracy)]
+        if row.difference is not None:
+            cells += [shown(row.difference, signed=True), f"{row.better}/{row.paired}"]
+        assert " | ".join(re.sub(r"(?<![0-9])0[.]", ".", cell) for cell in cells) in told, row.arm
