@@ -58,7 +58,7 @@ def finished(checkpoints, dataset, tmp_path_factory):
         },
         "health": {"tail_chars": 8, "compression_threshold": 2.2},
     }  # fmt: skip
-    broken = {"data": {"path": str(folder / "absent.jsonl")}}
+    broken = {"method": "opd", "data": {"path": str(folder / "absent.jsonl")}}
     final = {"num_prompts": 10, "num_samples": 2}
     methods = {"stableopd": {}, "opd": {}, "broken": broken}
     path = study_file(folder, settings, methods=methods, seeds=[0], final=final)
@@ -117,7 +117,7 @@ def test_finished_runs_of_other_settings_are_never_mixed_in(finished):
 def test_the_report_alone_runs_nothing(finished):
     folder, path, _ = finished
     (folder / "out" / "study.html").unlink()
-    done = run(path, "--report-only", "methods.later={}")
+    done = run(path, "--report-only", "methods.later={method: opd}")
     assert done.returncode == 0
     assert (folder / "out" / "study.html").exists()
     assert not (folder / "out" / "runs" / "pair" / "later").exists()

@@ -46,11 +46,12 @@ def test_the_grid_crosses_its_methods_alone_and_a_method_may_have_its_own():
     assert found["opd"].gold.coef == 0.0
 
 
-def test_a_method_named_like_one_of_the_trainers_is_that_one():
-    objectives = {cell.method: cell.config for cell in cells_of(study(methods={"sft": {}, "grpo": {}, "x": {}}))}
-    assert objectives["sft"].method == "sft"
-    assert objectives["grpo"].method == "grpo"
-    assert objectives["x"].method == "stableopd"
+def test_a_method_is_the_trainers_of_its_name_or_says_which():
+    methods = {"sft": {}, "grpo": {}, "x": {"method": "opd"}, "opd": {"method": "stableopd"}}
+    found = {cell.method: cell.config.method for cell in cells_of(study(methods=methods))}
+    assert found == {"sft": "sft", "grpo": "grpo", "x": "opd", "opd": "stableopd"}
+    with pytest.raises(ConfigError, match=r"methods.opdd does not say what it is \(did you mean 'opd'"):
+        cells_of(study(methods={"opdd": {}}))
 
 
 def test_a_part_of_a_study_has_the_runs_of_the_whole_and_no_others():
@@ -200,7 +201,11 @@ def test_a_study_that_cannot_be_is_refused_with_the_reason(given, words):
 
 
 def test_runs_that_cannot_be_are_refused_together_before_any_is_started():
-    methods = {"opd": {}, "bad": {"rollout": {"temprature": 1}}, "worse": {"optimizer": {"num_minibatches": 999}}}
+    methods = {
+        "opd": {},
+        "bad": {"method": "opd", "rollout": {"temprature": 1}},
+        "worse": {"method": "opd", "optimizer": {"num_minibatches": 999}},
+    }
     with pytest.raises(ConfigError) as caught:
         cells_of(study(methods=methods, seeds=[0, 1]))
     assert "bad of pair, seed 0: unknown key 'rollout.temprature'" in str(caught.value)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stableopd.config import StableOPDConfig
+from stableopd.config import PRESETS, StableOPDConfig
 from stableopd.errors import ConfigError
+from stableopd.names import nearest
 from stableopd.study.config import RESERVED, StudyConfig, merged
 
 
@@ -71,7 +72,9 @@ def _cell(study: StudyConfig, method: str, point: Mapping[str, Any], pair: str, 
         cold_start = _run(study, under, {"method": "sft", **study.cold_start}, f"cold_start/{pair}/seed-{seed}")
         under = merged(under, {"student.model_name_or_path": str(student_of(cold_start))})
     folder = f"runs/{pair}/{_as_folder(arm)}/seed-{seed}"
-    config = _run(study, under, merged({"method": _method_of(method)}, own, point), folder)
+    config = _run(
+        study, under, merged({"method": _method_of(method, {**study.base, **own, **point})}, own, point), folder
+    )
     return Cell(arm=arm, method=method, point=point, pair=pair, seed=seed, config=config, cold_start=cold_start)
 
 
@@ -110,9 +113,15 @@ def student_of(config: StableOPDConfig) -> Path:
     return config.run_dir / "checkpoints" / f"step-{config.max_steps:06d}"
 
 
-def _method_of(name: str) -> str:
-    """A method of the study that is called like one of the trainer is that one, unless it says otherwise."""
-    return name if name in ("sft", "opd", "stableopd", "grpo") else "stableopd"
+def _method_of(name: str, given: Mapping[str, Any]) -> str:
+    """A method of the study that is called like one of the trainer is that one, unless it says otherwise.
+
+    Raises: ConfigError for another one that does not say: a default would train something else under its name.
+    """
+    if name not in PRESETS and "method" not in given:
+        known = ", ".join(PRESETS)
+        raise ConfigError(f"methods.{name} does not say what it is{nearest(name, PRESETS)}: give it method: {known}")
+    return name if name in PRESETS else str(given["method"])
 
 
 def _as_folder(arm: str) -> str:
