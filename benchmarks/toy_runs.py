@@ -88,7 +88,7 @@ def _job(root: Path, run: Run) -> Job:
     command = (sys.executable, "-m", "stableopd", "train", str(folder.with_suffix(".yaml")), *overrides, "{resume}")
     return Job(
         name=f"{run.pair.name}/{run.name}",
-        commands=(command,),
+        command=command,
         stem=folder,
         begun=folder / "config.yaml",
         settings="\n".join([config, *overrides]),

@@ -31,7 +31,6 @@ HEADER = (
     "| seed | method | start | best | end | greedy end | greedy cut off, end | worst | worst cut off in training "
     "| repeated tokens, worst | length, end | verdict |"
 )
-LATE_FRACTION = 0.2
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -71,7 +70,7 @@ def jobs_of(arguments: argparse.Namespace, seed: int) -> list[Job]:
         runs.append(
             Job(
                 name=f"{method}, seed {seed}",
-                commands=((sys.executable, "-m", "stableopd", "train", str(path), "{resume}"),),
+                command=(sys.executable, "-m", "stableopd", "train", str(path), "{resume}"),
                 stem=folder,
                 after=tuple(piece.name for piece in pieces),
                 begun=folder / "config.yaml",
@@ -97,7 +96,7 @@ def _piece(kind: str, folder: Path, preset: str, seed: int) -> Job:
         "--seed",
         str(seed),
     )
-    return Job(name=folder.name, commands=(command,), stem=folder, settings=f"{kind} {PRESETS[preset]} {seed}")
+    return Job(name=folder.name, command=command, stem=folder, settings=f"{kind} {PRESETS[preset]} {seed}")
 
 
 def _tell(ended: Ended) -> None:
@@ -106,7 +105,7 @@ def _tell(ended: Ended) -> None:
 
 
 def _line(seed: int, method: str, record: RunRecord) -> str:
-    figures, curves = outcome_of_run(record, "validation", LATE_FRACTION)
+    figures, curves = outcome_of_run(record, "validation")
     worst_greedy = max(value for _, value in curves["greedy_truncation"])
     names = ("start_accuracy", "best_accuracy", "end_accuracy", "greedy_accuracy", "greedy_truncation")
     cells = [
@@ -122,7 +121,7 @@ def _line(seed: int, method: str, record: RunRecord) -> str:
 
 def _summary(records: Sequence[RunRecord]) -> Mapping[str, float]:
     """Means over the seeds, and how many collapsed."""
-    figures = [outcome_of_run(record, "validation", LATE_FRACTION)[0] for record in records]
+    figures = [outcome_of_run(record, "validation")[0] for record in records]
     shared = set.intersection(*(set(found) for found in figures)) - {"collapsed", "collapse_step"}
     means = {name: round(statistics.mean(found[name] for found in figures), 4) for name in sorted(shared)}
     return {"runs": len(records), "collapsed": sum(found["collapsed"] for found in figures), **means}

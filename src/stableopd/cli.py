@@ -19,7 +19,7 @@ from rich.markup import escape
 from stableopd.commands import evaluation
 from stableopd.commands import study as study_command
 from stableopd.commands.data import app as data_app
-from stableopd.errors import ConfigError, StableOPDError
+from stableopd.errors import ConfigError, InterruptedWorkError, StableOPDError
 
 app = typer.Typer(
     name="stableopd",
@@ -318,6 +318,8 @@ def main() -> None:
             signal.signal(getattr(signal, name), _stop_as_on_interrupt)
     try:
         app(prog_name="stableopd")
+    except InterruptedWorkError as stop:
+        _interrupted(str(stop))
     except StableOPDError as error:
         _complain(str(error))
         sys.exit(BAD_INPUT)

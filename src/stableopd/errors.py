@@ -43,6 +43,10 @@ class TrainingError(StableOPDError, RuntimeError):
     """A run that began well and cannot go on: no update can be made, no reward can be had."""
 
 
+class InterruptedWorkError(StableOPDError):
+    """Work that the user ended; the message says how to go on. The command line ends with status 130."""
+
+
 class TeacherError(StableOPDError, RuntimeError):
     """A teacher that does not answer, or whose answer cannot be used; no weight was touched by it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from stableopd.study.outcome import read_outcomes
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +61,8 @@ def finished(checkpoints, dataset, tmp_path_factory):
         },
         "health": {"tail_chars": 8, "compression_threshold": 2.2},
     }  # fmt: skip
-    broken = {"method": "opd", "data": {"path": str(folder / "absent.jsonl")}}
+    (folder / "torn.jsonl").write_text('{"prompt": "12')
+    broken = {"method": "opd", "data": {"path": str(folder / "torn.jsonl")}}
     final = {"num_prompts": 10, "num_samples": 2}
     methods = {"stableopd": {}, "opd": {}, "broken": broken}
     path = study_file(folder, settings, methods=methods, seeds=[0], final=final)
@@ -69,7 +73,7 @@ def test_methods_are_compared_and_one_that_fails_stops_no_other(finished):
     folder, _, done = finished
     assert done.returncode == 1
     assert "failed run runs/pair/broken/seed-0" in done.stdout
-    assert "absent.jsonl does not exist" in " ".join(done.stdout.split())
+    assert "torn.jsonl" in " ".join(done.stdout.split())
     lines = [json.loads(line) for line in (folder / "out" / "results.jsonl").read_text().splitlines()]
     assert sorted(line["arm"] for line in lines) == ["opd", "stableopd"]
     assert all(len(line["answers"]["validation"]) == 10 for line in lines)
@@ -77,13 +81,13 @@ def test_methods_are_compared_and_one_that_fails_stops_no_other(finished):
     assert all(0 <= line["figures"]["final_greedy_accuracy"] <= 1 for line in lines)
     page = (folder / "out" / "study.html").read_text()
     assert "1 of 3 runs are missing" in page
-    assert "absent.jsonl" in page
+    assert "torn.jsonl" in page
     assert "| opd | 1 |" in (folder / "out" / "table.md").read_text()
 
 
 def test_both_methods_begin_with_the_cold_starts_student(finished):
     folder, _, _ = finished
-    start = folder / "out" / "cold_start" / "pair" / "seed-0" / "checkpoints" / "step-000001"
+    (start,) = (folder / "out" / "cold_start").glob("student-*/seed-0/checkpoints/step-000001")
     assert (start / "model.safetensors").exists()
     for method in ("opd", "stableopd"):
         config = yaml.safe_load((folder / "out" / "runs" / "pair" / method / "seed-0" / "config.yaml").read_text())
@@ -104,6 +108,29 @@ def test_what_is_finished_is_not_repeated_and_json_alone_goes_to_standard_output
     assert (folder / "out" / "runs" / "pair" / "opd" / "seed-0" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+def test_what_cannot_be_read_is_told_before_anything_is_run(finished):
+    folder, path, _ = finished
+    done = run(path, "base.evaluation.path=absent.jsonl", f"output_dir={folder / 'other'}", "final.judge=no.such:judge")
+    assert done.returncode == 2
+    assert "evaluation.path: absent.jsonl does not exist" in done.stderr
+    assert "final.judge" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (folder / "other").exists()
+
+
+def test_a_result_that_cannot_be_read_fails_alone(finished, tmp_path):
+    folder, path, _ = finished
+    shutil.copytree(folder / "out", tmp_path / "out")
+    (tmp_path / "out" / "results.jsonl").unlink()
+    (tmp_path / "out" / "runs" / "pair" / "opd" / "seed-0.answers.json").write_text("[{}]")
+    moved = folder.parent / "moved.yaml"
+    moved.write_text(path.read_text().replace(str(folder / "out"), str(tmp_path / "out")))
+    done = run(moved)
+    assert done.returncode == 1
+    assert "failed answers runs/pair/opd/seed-0: its result cannot be read" in " ".join(done.stdout.split())
+    assert [one.arm for one in read_outcomes(tmp_path / "out" / "results.jsonl")] == ["stableopd"]
+
+
 def test_finished_runs_of_other_settings_are_never_mixed_in(finished):
     folder, path, _ = finished
     before = (folder / "out" / "results.jsonl").read_bytes()
@@ -118,7 +145,8 @@ def test_the_report_alone_runs_nothing(finished):
     folder, path, _ = finished
     (folder / "out" / "study.html").unlink()
     done = run(path, "--report-only", "methods.later={method: opd}")
-    assert done.returncode == 0
+    assert done.returncode == 1
+    assert "missing 2 of 4 runs: broken of pair, seed 0, later of pair, seed 0" in " ".join(done.stdout.split())
     assert (folder / "out" / "study.html").exists()
     assert not (folder / "out" / "runs" / "pair" / "later").exists()
 
@@ -140,6 +168,7 @@ def test_a_study_interrupted_and_then_killed_goes_on_to_the_results_of_one_that_
         stderr = process.communicate(timeout=60)[1]
         assert process.returncode == (130 if sign == signal.SIGINT else -signal.SIGKILL)
         assert "Traceback" not in stderr
+        assert ("the same command goes on" in stderr) == (sign == signal.SIGINT)
     _until(lambda: run(cut).returncode == 0)  # what a kill has orphaned may still be at its steps
     assert _figures(results) == _figures(tmp_path / "whole" / "out" / "results.jsonl")
 

@@ -119,6 +119,7 @@ LAYERS = (
     {"study.worlds"},
     {"study.config"},
     {"study.cells"},
+    {"study.final", "study.inputs"},
     {"study.running"},
     {"study.table"},
     {"study.view", "study.charts"},

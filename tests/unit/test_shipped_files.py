@@ -71,11 +71,15 @@ def test_links_lead_somewhere(document):
         assert (path.parent / target).exists(), target
 
 
-def test_the_study_in_the_documents_parses_and_all_of_its_runs_are_possible(tmp_path):
-    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "studies.md").read_text(), re.DOTALL)
-    (tmp_path / "study.yaml").write_text(block)
-    arms = {cell.arm for cell in cells_of(load_study(tmp_path / "study.yaml"))}
-    assert {"stableopd", "opd", "sft", "sweep lambda_gold=0.1 beta_kl=0.0"} <= arms
+def test_the_studies_in_the_documents_parse_and_all_of_their_runs_are_possible(tmp_path):
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "studies.md").read_text(), re.DOTALL)
+    cells = []
+    for block in blocks:
+        (tmp_path / "study.yaml").write_text(block)
+        cells.append(cells_of(load_study(tmp_path / "study.yaml")))
+    paper, toy = cells
+    assert {"stableopd", "opd", "sft", "sweep lambda_gold=0.1 beta_kl=0.0"} <= {cell.arm for cell in paper}
+    assert len(toy) == 8
 
 
 def test_the_stored_results_of_studies_are_those_of_their_settings():

@@ -8,20 +8,25 @@ import yaml
 from stableopd.errors import ConfigError
 from stableopd.study.cells import cells_of
 from stableopd.study.config import StudyConfig, load_study, merged
+from stableopd.study.final import protocol
+from stableopd.study.inputs import check_inputs
 from stableopd.study.outcome import Outcome, read_outcomes
 from stableopd.study.running import _without_twins, settings_digest
 
 ROOT = Path(__file__).resolve().parents[2]
+PAIRS = {"p": {"teacher": {"model_name_or_path": "a"}}, "q": {"teacher": {"model_name_or_path": "b"}}}
 BASE = {"student": {"model_name_or_path": "s"}, "teacher": {"model_name_or_path": "t"}, "data": {"path": "d.jsonl"}}
 WORLD = {"name": "toy", "teachers": {"a": {"seed": 1}, "b": {"habit": "clean", "seed": 2}}}
+ASKED = {**BASE, "evaluation": {"path": "held_out.jsonl"}}
 
 
 def study(**given) -> StudyConfig:
-    return StudyConfig(**{"base": BASE, "methods": {"opd": {}}, "output_dir": "out", **given})
+    base = {} if "world" in given else BASE
+    return StudyConfig(**{"base": base, "methods": {"opd": {}}, "output_dir": "out", "final": None, **given})
 
 
 def test_every_method_meets_every_pair_and_seed_and_the_seeds_go_last():
-    cells = cells_of(study(methods={"opd": {}, "sft": {}}, pairs={"p": {}, "q": {}}, seeds=[0, 7]))
+    cells = cells_of(study(methods={"opd": {}, "sft": {}}, pairs=PAIRS, seeds=[0, 7]))
     assert len(cells) == 8
     assert [cell.seed for cell in cells] == [0] * 4 + [7] * 4
     assert {(cell.arm, cell.pair) for cell in cells if cell.seed == 7} == {
@@ -56,8 +61,8 @@ def test_a_method_is_the_trainers_of_its_name_or_says_which():
 
 def test_a_part_of_a_study_has_the_runs_of_the_whole_and_no_others():
     whole = study(
-        methods={"opd": {}, "stableopd": {}, "sft": {}}, pairs={"p": {}, "q": {}}, compare_with="opd",
-        grid={"seed": [1, 2]}, grid_methods=["sft"],
+        methods={"opd": {}, "stableopd": {}, "sft": {}}, pairs=PAIRS, compare_with="opd",
+        grid={"max_steps": [1, 2]}, grid_methods=["sft"],
     )  # fmt: skip
     digests = {(cell.arm, cell.pair): settings_digest(whole, cell) for cell in cells_of(whole)}
     part = whole.only(["stableopd", "opd"], ["q"])
@@ -100,7 +105,7 @@ def test_all_methods_of_a_pair_and_seed_begin_with_the_student_of_one_cold_start
         study(
             methods={"opd": {}, "sft": {"start": "student"}, "stableopd": {}},
             cold_start={"max_steps": 30, "data": {"path": "cold.jsonl"}},
-            pairs={"p": {}, "q": {}},
+            pairs={**PAIRS, "r": {"student": {"model_name_or_path": "other"}}},
         )
     )
     by_method = {(cell.method, cell.pair): cell for cell in cells}
@@ -108,10 +113,12 @@ def test_all_methods_of_a_pair_and_seed_begin_with_the_student_of_one_cold_start
     assert first.cold_start.method == "sft"
     assert first.cold_start.data.path == "cold.jsonl"
     assert first.cold_start.student.model_name_or_path == "s"
-    assert first.config.student.model_name_or_path == "out/cold_start/p/seed-0/checkpoints/step-000030"
+    begun_with = Path(first.config.student.model_name_or_path)
+    assert begun_with == first.cold_start.run_dir / "checkpoints" / "step-000030"
     assert first.config.data.path == "d.jsonl"
     assert by_method["stableopd", "p"].cold_start == first.cold_start
-    assert by_method["opd", "q"].cold_start.run_dir != first.cold_start.run_dir
+    assert by_method["opd", "q"].cold_start.run_dir == first.cold_start.run_dir  # another teacher alone
+    assert by_method["opd", "r"].cold_start.run_dir != first.cold_start.run_dir  # another student
     assert by_method["sft", "p"].cold_start is None
     assert by_method["sft", "p"].config.student.model_name_or_path == "s"
 
@@ -119,7 +126,7 @@ def test_all_methods_of_a_pair_and_seed_begin_with_the_student_of_one_cold_start
 def test_a_cold_start_of_adapters_leaves_a_whole_model_or_is_refused():
     lora = {"student": {"model_name_or_path": "s", "lora": {"r": 2, "merge": True}}}
     cell = cells_of(study(base={**BASE, **lora}, cold_start={"max_steps": 3}))[0]
-    assert cell.config.student.model_name_or_path == "out/cold_start/pair/seed-0/merged"
+    assert cell.config.student.model_name_or_path == str(cell.cold_start.run_dir / "merged")
     lora["student"]["lora"]["merge"] = False
     with pytest.raises(ConfigError, match="the cold start trains adapters"):
         cells_of(study(base={**BASE, **lora}, cold_start={"max_steps": 3}))
@@ -127,7 +134,7 @@ def test_a_cold_start_of_adapters_leaves_a_whole_model_or_is_refused():
 
 def test_a_world_makes_the_pairs_and_says_where_they_are():
     methods = {"sft": {"data": {"gold_path": "{world}/data/gold_pool.jsonl"}}}
-    cells = cells_of(study(base={}, world=WORLD, methods=methods, seeds=[3]))
+    cells = cells_of(study(world=WORLD, methods=methods, seeds=[3]))
     assert [cell.pair for cell in cells] == ["a", "b"]
     assert cells[1].config.teacher.model_name_or_path == "out/world/teachers/b"
     assert cells[1].config.student.model_name_or_path == "out/world/students/seed-3"
@@ -172,10 +179,20 @@ def test_the_digest_is_that_of_what_matters_to_the_result():
     assert digest() != digest(base={**BASE, "student": {"model_name_or_path": "other"}})
     assert digest() != digest(cold_start={"max_steps": 3})
     assert digest(cold_start={"max_steps": 3}) != digest(cold_start={"max_steps": 4})
+    cold = {"cold_start": {"max_steps": 3}}
+    assert digest(**cold) == digest(**cold, output_dir="moved")
+    assert digest(late_fraction=0.5) == digest()  # what the evaluations make of it is not stored
+    asked = {"base": ASKED, "final": {"num_prompts": 5}}
+    assert len({digest(**asked), digest(base=ASKED), digest(base=ASKED, final={"num_prompts": 6})}) == 3
+    judged = {**ASKED, "evaluation": {"path": "held_out.jsonl", "judge": "math"}}
+    assert digest(base=judged, final={"num_prompts": 5, "judge": "exact"}) != digest(
+        base=judged, final={"num_prompts": 5}
+    )
     world = {**WORLD, "teachers": {"a": {"seed": 9}}}
     assert digest(world=WORLD) == digest(world=WORLD, output_dir="moved")
     assert digest(world=WORLD) != digest(world=world)
-    pool = {**BASE, "data": {"gold_path": "{world}/data/gold_pool.jsonl"}}
+    assert digest(world=WORLD) != digest(world=WORLD, methods={"opd": {"data": {"path": "mine.jsonl"}}})
+    pool = {"data": {"gold_path": "{world}/data/gold_pool.jsonl"}}
     assert digest(world=WORLD, base=pool) == digest(world=WORLD, base=pool, output_dir="moved")
     assert digest(world=WORLD, base=pool) != digest(world=WORLD)
 
@@ -187,6 +204,16 @@ def test_the_digest_is_that_of_what_matters_to_the_result():
         ({"compare_with": "opdd"}, "did you mean 'opd'"),
         ({"grid_methods": ["sft"]}, "none of the methods"),
         ({"seeds": [1, 1]}, "a seed twice"),
+        ({"seeds": [True]}, "seeds.0"),
+        ({"seeds": [1.0]}, "seeds.0"),
+        ({"seeds": [2**32]}, "seeds.0"),
+        ({"base": {**BASE, "seed": 1}}, "base.seed: every run of a study is given its own; set seeds"),
+        ({"pairs": {"p": {"seed": 1}}}, "pairs.p.seed"),
+        ({"methods": {"opd": {"grid": {"seed": [1, 2]}}}}, "methods.opd.grid.seed"),
+        ({"cold_start": {"output_dir": "x"}}, "cold_start.output_dir"),
+        ({"world": WORLD, "base": {"data.path": "x"}}, "base.data.path is made by the world"),
+        ({"world": WORLD, "base": {"teacher_model_name_or_path": "x"}}, "base.teacher.model_name_or_path is made"),
+        ({"world": {**WORLD, "teachers": {"a": {"seed": 1}, "b": {"seed": 1}}}}, "teachers a and b are the same"),
         ({"world": WORLD, "pairs": {"p": {}}}, "both given"),
         ({"methods": {"opd": {"start": "nowhere"}}}, "cold_start or student"),
         ({"methods": {"opd": {"grid": {"lambda_gold": 1.0}}}}, "maps keys to lists"),
@@ -198,6 +225,77 @@ def test_the_digest_is_that_of_what_matters_to_the_result():
 def test_a_study_that_cannot_be_is_refused_with_the_reason(given, words):
     with pytest.raises(ConfigError, match=words):
         study(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"pairs": {"p": {}, "q": {}}}, "the pairs 'p' and 'q' are the same run"),
+        ({"grid": {"lambda_gold": [1, 1.0]}}, "'opd lambda_gold=1' and 'opd lambda_gold=1.0' are the same run"),
+    ],
+)
+def test_a_run_is_never_counted_twice_under_two_names(given, words):
+    with pytest.raises(ConfigError, match=words):
+        cells_of(study(**given))
+
+
+def test_a_world_says_how_its_answers_are_judged_and_the_base_may_say_otherwise():
+    (config,) = [cell.config for cell in cells_of(study(world=WORLD))[:1]]
+    assert config.evaluation.judge == config.objective.reward.function == "stableopd.toy.task:judge"
+    assert config.health.tail_chars == 64
+    changed = cells_of(study(world=WORLD, base={"evaluation": {"judge": "exact"}}))[0].config
+    assert (changed.evaluation.judge, changed.evaluation.path) == ("exact", "out/world/data/validation.jsonl")
+
+
+def test_final_answers_are_asked_for_as_the_runs_own_evaluations_are():
+    base = {
+        **BASE,
+        "data": {
+            "path": "d.jsonl",
+            "prompt_column": "q",
+            "answer_column": "a",
+            "chat_template_kwargs": {"think": False},
+        },
+        "rollout": {"max_completion_length": 50, "stop_strings": ["END", "STOP"], "stop_token_ids": [3]},
+        "evaluation": {"path": "e", "split": "dev", "judge": "math", "judge_timeout_s": 3, "top_p": 0.9},
+    }
+    asked = study(base=base, final={"num_samples": 4})
+    options = protocol(asked.final, cells_of(asked)[0].config)
+    assert options == {
+        "--benchmark": ["e"], "--split": "dev", "--prompt-column": "q", "--answer-column": "a", "--samples": 4,
+        "--temperature": 0.6, "--top-p": 0.9, "--greedy": True, "--max-completion-length": 50,
+        "--stop-strings": ["END", "STOP"], "--stop-token-ids": [3], "--chat-template-kwargs": {"think": False},
+        "--judge": "math", "--judge-timeout": 3.0, "--seed": 0,
+    }  # fmt: skip
+    named = study(base=base, final={"benchmarks": ["math500"], "judge": "exact", "top_p": 1.0})
+    options = protocol(named.final, cells_of(named)[0].config)
+    assert not {"--split", "--prompt-column", "--answer-column"} & options.keys()  # they are those of the run's data
+    assert (options["--judge"], options["--top-p"]) == ("exact", 1.0)
+
+
+def test_what_the_runs_read_is_looked_for_before_the_first_is_started(tmp_path):
+    (tmp_path / "held_out.jsonl").touch()
+    here, absent = str(tmp_path / "held_out.jsonl"), str(tmp_path / "absent.jsonl")
+    base = {**BASE, "data": {"path": here}, "evaluation": {"path": here}}
+    fine = study(base=base, final={})
+    check_inputs(fine, cells_of(fine))
+    lacking = study(
+        base={**base, "evaluation": {"path": here, "judge": "no.such:judge"}},
+        methods={"opd": {"data": {"path": absent}}, "grpo": {"objective": {"reward": {"function": "nothing"}}}},
+        final={"benchmarks": ["math5000"]},
+        cold_start={"student": {"model_name_or_path": "./no_model"}},
+    )
+    with pytest.raises(ConfigError) as caught:
+        check_inputs(lacking, cells_of(lacking))
+    told = str(caught.value)
+    for words in (
+        f"data.path: {absent} does not exist", "evaluation.judge", "objective.reward.function", "'math5000' is no",
+        "student.model_name_or_path: ./no_model does not exist",
+    ):  # fmt: skip
+        assert told.count(words) == 1, (words, told)
+    unasked = study(final={})
+    with pytest.raises(ConfigError, match="final has nothing to ask"):
+        settings_digest(unasked, cells_of(unasked)[0])
 
 
 def test_runs_that_cannot_be_are_refused_together_before_any_is_started():
@@ -227,7 +325,7 @@ def test_a_complaint_about_a_file_names_its_line_and_overrides_lie_over_it(tmp_p
 
 def test_a_study_extends_another_in_all_but_its_methods(tmp_path):
     parent = {
-        "base": {**BASE, "max_steps": 9, "learning_rate": 1e-6}, "methods": {"opd": {}}, "grid": {"seed": [1]},
+        "base": {**BASE, "max_steps": 9, "learning_rate": 1e-6}, "methods": {"opd": {}}, "grid": {"max_steps": [1]},
         "seeds": [3, 4], "parallel": 2,
     }  # fmt: skip
     (tmp_path / "parent.yaml").write_text(yaml.safe_dump(parent))
@@ -239,6 +337,9 @@ def test_a_study_extends_another_in_all_but_its_methods(tmp_path):
     assert (cell.config.max_steps, cell.config.optimizer.learning_rate) == (5, 1e-6)
     assert found.folder == Path("studies/child")
     (tmp_path / "parent.yaml").write_text("extends: child.yaml")
+    with pytest.raises(ConfigError, match="in turn"):
+        load_study(tmp_path / "child.yaml")
+    (tmp_path / "parent.yaml").write_text(f"extends: ../{tmp_path.name}/child.yaml")
     with pytest.raises(ConfigError, match="in turn"):
         load_study(tmp_path / "child.yaml")
     (tmp_path / "child.yaml").write_text("extends: absent.yaml")

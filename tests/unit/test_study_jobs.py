@@ -12,7 +12,7 @@ from stableopd.study.jobs import Job, run_jobs
 
 def job(tmp_path: Path, name: str, code: str, *, after: tuple[str, ...] = (), settings: str = "", **more) -> Job:
     command = (sys.executable, "-c", textwrap.dedent(code), "{resume}")
-    return Job(name=name, commands=(command,), stem=tmp_path / name, after=after, settings=settings, **more)
+    return Job(name=name, command=command, stem=tmp_path / name, after=after, settings=settings, **more)
 
 
 def statuses(ended) -> dict[str, str]:
@@ -51,7 +51,7 @@ def test_a_run_that_its_controller_stopped_is_done(tmp_path):
 
 
 def test_a_command_that_cannot_be_started_fails_alone(tmp_path):
-    absent = Job(name="absent", commands=(("/no/such/program",),), stem=tmp_path / "absent")
+    absent = Job(name="absent", command=("/no/such/program",), stem=tmp_path / "absent")
     ended = run_jobs([absent, job(tmp_path, "good", "pass")], parallel=1)
     assert statuses(ended) == {"absent": "failed", "good": "done"}
     assert "/no/such/program" in ended["absent"].why
@@ -88,15 +88,15 @@ def test_resume_is_said_only_to_what_was_begun(tmp_path):
     assert (tmp_path / "said").read_text() == "[]['--resume']"
 
 
-def test_commands_of_a_job_follow_each_other_and_the_first_failure_ends_it(tmp_path):
-    python = (sys.executable, "-c")
-    out = str(tmp_path / "out")
-    commands = tuple((*python, f"open({out!r}, 'a').write('{letter}')") for letter in "ab")
-    failing = (*commands[:1], (*python, "raise SystemExit(1)"), *commands[1:])
-    assert run_jobs([Job(name="x", commands=failing, stem=tmp_path / "x")], parallel=1)["x"].status == "failed"
-    assert Path(out).read_text() == "a"
-    assert run_jobs([Job(name="y", commands=commands, stem=tmp_path / "y")], parallel=1)["y"].status == "done"
-    assert Path(out).read_text() == "aab"
+def test_the_log_of_what_goes_on_is_added_to_and_that_of_a_new_start_is_not(tmp_path):
+    begun = tmp_path / "run" / "config.yaml"
+    run_jobs([job(tmp_path, "run", "print('first'); raise SystemExit(1)", begun=begun)], parallel=1)
+    run_jobs([job(tmp_path, "run", "print('second'); raise SystemExit(1)", begun=begun)], parallel=1)
+    assert (tmp_path / "run.log").read_text().split() == ["second"]
+    begun.parent.mkdir()
+    begun.touch()
+    run_jobs([job(tmp_path, "run", "print('third')", begun=begun)], parallel=1)
+    assert (tmp_path / "run.log").read_text().split() == ["second", "third"]
 
 
 def test_an_interrupt_leaves_no_process_behind(tmp_path):
@@ -104,7 +104,7 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path):
         import pathlib, sys
         from stableopd.study.jobs import Job, run_jobs
         command = (sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)")
-        run_jobs([Job(name="long", commands=(command,), stem=pathlib.Path({str(tmp_path)!r}) / "long")], parallel=1)
+        run_jobs([Job(name="long", command=command, stem=pathlib.Path({str(tmp_path)!r}) / "long")], parallel=1)
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stderr=subprocess.DEVNULL)
     log = tmp_path / "long.log"

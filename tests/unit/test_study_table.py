@@ -110,10 +110,9 @@ def test_the_table_fits_the_terminal_and_shows_intervals_whole(width, interval):
 
 def test_figures_of_a_run_folder_tell_a_collapsed_run_from_a_healthy_one(tmp_path):
     sick = read_folder(
-        write_collapsing_run(tmp_path / "opd"), arm="opd", pair="p", seed=0, digest="d", name="held_out",
-        late_fraction=0.2,
-    )  # fmt: skip
-    well, curves = outcome_of_run(read_run(write_healthy_run(tmp_path / "well")), "held_out", 0.2)
+        write_collapsing_run(tmp_path / "opd"), arm="opd", pair="p", seed=0, digest="d", name="held_out"
+    ).with_late(0.2)  # fmt: skip
+    well, curves = outcome_of_run(read_run(write_healthy_run(tmp_path / "well")), "held_out")
     assert sick.figures["collapsed"] == 1.0
     assert well["collapsed"] == 0.0
     assert "collapse_step" not in well
@@ -127,8 +126,9 @@ def test_late_accuracy_is_the_mean_of_the_last_evaluations(tmp_path):
     points = run.values("eval/held_out/accuracy")
     last = points[-1][0]
     half = [value for step, value in points if step > last / 2]
-    figures, _ = outcome_of_run(run, "held_out", 0.5)
-    assert figures["late_accuracy"] == pytest.approx(sum(half) / len(half))
+    one = read_folder(tmp_path / "well", arm="opd", pair="p", seed=0, digest="d", name="held_out")
+    assert one.with_late(0.5).figures["late_accuracy"] == pytest.approx(sum(half) / len(half), abs=1e-5)
+    assert replace(one, curves={}).with_late(0.5).figures == one.figures
 
 
 def test_results_are_read_as_they_were_written_and_a_torn_last_line_is_left_out(tmp_path):
@@ -146,13 +146,21 @@ def test_results_are_read_as_they_were_written_and_a_torn_last_line_is_left_out(
     assert len(read_outcomes(path)) == len(runs)
     append_outcome(path, outcome("sft"))
     assert len(read_outcomes(path)) == len(runs) + 1
-    path.write_text(json.dumps({"arm": "x"}) + "\n" + path.read_text())
-    with pytest.raises(RunFolderError, match="line 1 "):
-        read_outcomes(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + '{"arm": "ä'.encode()[:-1])  # torn within a letter
+    assert len(read_outcomes(path)) == len(runs) + 1
+    for bad in (
+        {"arm": "x"}, {"figures": {"late_accuracy": "high"}}, {"figures": {"late_accuracy": float("nan")}},
+        {"answers": {"b": ["right"]}}, {"curves": {"accuracy": [1, 2]}}, {"seed": None}, {"more": 1},
+    ):  # fmt: skip
+        line = bad if "arm" in bad else {**json.loads(whole.split(b"\n")[0]), **bad}
+        path.write_bytes(json.dumps(line).encode() + b"\n" + whole)
+        with pytest.raises(RunFolderError, match=r"line 1 is no result of a run: \w+"):
+            read_outcomes(path)
 
 
 def test_the_page_escapes_what_it_shows_and_names_every_failure(tmp_path):
-    job = Job(name=NASTY, commands=((),), stem=tmp_path / "x")
+    job = Job(name=NASTY, command=(), stem=tmp_path / "x")
     failed = Ended(job=job, status="failed", why=NASTY)
     page = render_study(a_run([*two_methods(0.1), outcome("stableopd", seed=8, headline=NASTY)], failures=[failed]))
     assert "<script>alert(1)" not in page
@@ -161,7 +169,7 @@ def test_the_page_escapes_what_it_shows_and_names_every_failure(tmp_path):
 
 
 def test_report_and_table_hold_the_figures_of_every_method(tmp_path):
-    run = a_run(two_methods(-0.1))
+    run = a_run(two_methods(-0.1), pairs={"p": {}}, seeds=[0, 1, 2, 3])
     page, table = render_study(run), markdown(run)
     for text in (page, table):
         assert "-0.100 [-0.100, -0.100]" in text
@@ -169,16 +177,50 @@ def test_report_and_table_hold_the_figures_of_every_method(tmp_path):
     assert len(columns(run)) == len(cells_of_row(rows_of(run)[0]))
     document = json.loads(to_json(run))
     assert document["num_finished"] == 8
-    (rows,) = document["tables"].values()
-    assert rows[1]["difference"]["mean"] == pytest.approx(-0.1)
+    assert document["all_pairs"][1]["difference"]["mean"] == pytest.approx(-0.1)
+    assert document["by_pair"] == {}
+    assert document["missing"] == []
 
 
 def test_the_headline_names_the_best_and_the_collapsed():
     runs = [outcome("stableopd", accuracy=0.8), outcome("opd", accuracy=0.3, figures={"collapsed": 1.0})]
     run = a_run(runs, seeds=[0, 1])
     assert headline(run, rows_of(run)) == (
-        "stableopd is best with 0.800 over 1 run; collapsed: opd 1 of 1 (2 of 4 runs are missing)"
+        "stableopd ends highest, at 0.800 over 1 run; collapsed: opd 1 of 1 (2 of 4 runs are missing)"
     )
+    methods = ("stableopd", "opd", "sft")
+    level = a_run([outcome("stableopd"), outcome("opd"), outcome("sft", accuracy=0.2)], methods=methods)
+    assert headline(level, rows_of(level)) == "stableopd, opd end highest, at 0.500; no run collapsed"
+    same = a_run([outcome("stableopd"), outcome("opd")])
+    assert headline(same, rows_of(same)) == "all methods end at 0.500; no run collapsed"
+
+
+def test_runs_without_any_measure_of_accuracy_are_shown_without_one(tmp_path):
+    bare = [replace(one, figures={"steps": 3.0}, curves={}) for one in two_methods(0.1)]
+    run = a_run(bare)
+    assert "without a measure of accuracy" in render_study(run)
+    assert "| opd | 4 |  |" in markdown(run)
+    assert json.loads(to_json(run))["all_pairs"][0]["accuracy"] is None
+    half = a_run([*bare, outcome("stableopd", "q"), outcome("opd", "q", accuracy=0.7)])
+    assert rows_of(half)[1].difference.mean == pytest.approx(0.2)
+    assert "nan" not in render_study(half).lower().split("<script")[0]
+
+
+def test_another_point_of_a_grid_never_stands_in_for_the_one_compared_with():
+    given = {"methods": ("stableopd", "opd"), "grid": {"lambda_gold": [0.1, 1.0]}, "grid_methods": ["stableopd"]}
+    run = a_run([outcome("stableopd lambda_gold=1.0", accuracy=0.9), outcome("opd", accuracy=0.4)], **given)
+    assert [row.difference for row in rows_of(run)] == [None, None]  # the first point has failed
+    assert columns(run)[3] == "against stableopd lambda_gold=0.1"
+
+
+def test_runs_that_are_missing_are_named_in_the_terminal():
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_study(console, a_run([outcome("opd", "pair")], pairs={"pair": {}}, seeds=[0]))
+    assert "missing 1 of 2 runs: stableopd of pair, seed 0" in console.export_text()
+
+
+def test_a_name_in_the_markdown_table_is_shown_and_not_obeyed():
+    assert "<script>" not in markdown(a_run([outcome("opd", NASTY), outcome(f"a|b{NASTY}")]))
 
 
 def test_a_grid_of_two_keys_is_drawn_as_a_map():

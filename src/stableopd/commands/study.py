@@ -39,8 +39,9 @@ def study(
 
     Every run is an ordinary `stableopd train`. Runs that are finished are not repeated, a failed one stops no other.
 
-    Exit status: 0 all runs are there, 1 some failed, 2 bad input.
+    Exit status: 0 all runs are there, 1 some failed or are missing, 2 bad input.
     """
+    from stableopd.errors import InterruptedWorkError
     from stableopd.study.config import load_study
     from stableopd.study.report import write_study
     from stableopd.study.running import existing, run_study
@@ -54,8 +55,13 @@ def study(
     if report_only:
         found = existing(settings)
     else:
-        with _Progress(console, settings) as progress:
-            found = run_study(settings, progress.ended, progress.active, progress.total)
+        try:
+            with _Progress(console, settings) as progress:
+                found = run_study(settings, progress.ended, progress.active, progress.total)
+        except KeyboardInterrupt:
+            raise InterruptedWorkError(
+                f"stopped; finished runs are in {settings.folder}, and the same command goes on from there"
+            ) from None
     paths = write_study(found)
     if as_json:
         typer.echo(to_json(found))
@@ -63,7 +69,7 @@ def study(
         print_study(console, found)
         if paths:
             console.print(f"wrote {escape(', '.join(map(str, paths)))}", highlight=False)
-    raise typer.Exit(1 if found.failures else 0)
+    raise typer.Exit(1 if found.failures or found.missing else 0)
 
 
 def _seed_list(text: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class Cell:
 def cells_of(study: StudyConfig) -> list[Cell]:
     """Every run of a study, checked; seeds go last, so that a study that is cut short is whole for its first seeds.
 
-    Raises: ConfigError naming the runs whose settings are impossible, before anything is started.
+    Raises: ConfigError naming the runs whose settings are impossible, or the same, before anything is started.
     """
     cells: list[Cell] = []
     problems: dict[str, str] = {}
@@ -49,7 +50,31 @@ def cells_of(study: StudyConfig) -> list[Cell]:
             problems.setdefault(str(error), f"{arm_name(method, point)} of {pair}, seed {seed}")
     if problems:
         raise ConfigError("\n".join(f"{where}: {message}" for message, where in problems.items()))
+    _check_different(cells)
     return cells
+
+
+def _check_different(cells: Sequence[Cell]) -> None:
+    """Raises: ConfigError for two points of a grid, or two pairs, that are one run, which would count twice."""
+    for what, arms_differ in (("points of the grid", True), ("pairs", False)):
+        seen: dict[str, Cell] = {}
+        for cell in cells:
+            same_otherwise = (cell.method, cell.pair if arms_differ else cell.arm, cell.seed)
+            first = seen.setdefault(repr((same_otherwise, settings_of(cell))), cell)
+            if first is not cell:
+                names = [one.arm if arms_differ else one.pair for one in (first, cell)]
+                raise ConfigError(f"the {what} {names[0]!r} and {names[1]!r} are the same run: drop one of them")
+
+
+def settings_of(cell: Cell) -> list[Any]:
+    """All settings of a run and of its cold start, but for where they are written."""
+    configs = [cell.config, *([cell.cold_start] if cell.cold_start else [])]
+    return [config.model_dump(mode="json", exclude={"output_dir"}) for config in configs]
+
+
+def reference_arm(study: StudyConfig) -> str:
+    """The arm that the others are compared with: the study's method, at the first point where it has a grid."""
+    return next(arm_name(method, point) for method, point in _arms(study) if method == study.reference_method)
 
 
 def _arms(study: StudyConfig) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -69,7 +94,7 @@ def _cell(study: StudyConfig, method: str, point: Mapping[str, Any], pair: str, 
     under = _shared(study, pair, seed)
     cold_start = None
     if study.cold_start is not None and study.methods[method].get("start") != "student":
-        cold_start = _run(study, under, {"method": "sft", **study.cold_start}, f"cold_start/{pair}/seed-{seed}")
+        cold_start = _cold_start(study, under, seed)
         under = merged(under, {"student.model_name_or_path": str(student_of(cold_start))})
     folder = f"runs/{pair}/{_as_folder(arm)}/seed-{seed}"
     config = _run(
@@ -79,8 +104,20 @@ def _cell(study: StudyConfig, method: str, point: Mapping[str, Any], pair: str, 
 
 
 def _shared(study: StudyConfig, pair: str, seed: int) -> dict[str, Any]:
-    of_pair = study.world.settings(study.folder, pair, seed) if study.world else study.pairs.get(pair, {})
-    return merged(study.base, of_pair, {"seed": seed})
+    if study.world:
+        return merged(study.world.settings(study.folder, pair, seed), study.base, {"seed": seed})
+    return merged(study.base, study.pairs.get(pair, {}), {"seed": seed})
+
+
+def _cold_start(study: StudyConfig, under: Mapping[str, Any], seed: int) -> StableOPDConfig:
+    """In a folder named by what it is made with, so that pairs that differ in their teacher alone share it."""
+    over = {"method": "sft", **(study.cold_start or {})}
+    config = _run(study, under, over, "")
+    left_out = {"output_dir", "seed", *(() if config.objective.needs_teacher else ("teacher", "teachers"))}
+    made_with = without_places(config.model_dump(mode="json", exclude_unset=True, exclude=left_out), study)
+    student = Path(config.student.model_name_or_path or "student").name
+    name = f"{student}-{_digest(json.dumps(made_with, sort_keys=True))}"
+    return _run(study, under, over, f"cold_start/{_as_folder(name)}/seed-{seed}")
 
 
 def _run(study: StudyConfig, under: Mapping[str, Any], over: Mapping[str, Any], folder: str) -> StableOPDConfig:
@@ -98,6 +135,19 @@ def _filled(value: Any, names: Mapping[str, str]) -> Any:
     if isinstance(value, str):
         for name, text in names.items():
             value = value.replace(f"{{{name}}}", text)
+    return value
+
+
+def without_places(value: Any, study: StudyConfig) -> Any:
+    """Settings in which the folders of the study and its world are placeholders: they may be moved."""
+    places = {**({} if study.world is None else study.world.placeholders(study.folder)), "study": str(study.folder)}
+    if isinstance(value, Mapping):
+        return {key: without_places(item, study) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(item, study) for item in value]
+    for name, place in places.items():
+        if isinstance(value, str) and (value == place or value.startswith(f"{place}/")):
+            return f"{{{name}}}{value[len(place) :]}"
     return value
 
 

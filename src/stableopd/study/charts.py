@@ -11,6 +11,7 @@ import numpy as np
 
 from stableopd.bootstrap import Estimate
 from stableopd.report.charts import PALETTE, Chart, Curve, further_colour
+from stableopd.study.cells import reference_arm
 from stableopd.study.outcome import Outcome, by_arm
 from stableopd.study.running import StudyRun
 from stableopd.study.table import Row, score
@@ -43,12 +44,16 @@ def arm_colours(arms: Sequence[str]) -> list[tuple[str, str]]:
 def forests(run: StudyRun, rows: Sequence[Row]) -> list[Chart]:
     """Accuracy of every arm with its interval, one dot per run; and the differences from the arm compared with."""
     arms = by_arm(run.outcomes)
-    dots = {arm: [score(outcome) for outcome in outcomes] for arm, outcomes in arms.items()}
-    charts = [_forest("accuracy", "Accuracy", _ACCURACY, rows, lambda row: row.accuracy, dots)]
+    numbers = {row.arm: number for number, row in enumerate(rows)}
+    scores = {arm: [score(outcome) for outcome in outcomes] for arm, outcomes in arms.items()}
+    dots = {arm: [found for found in of_arm if found is not None] for arm, of_arm in scores.items()}
+    judged = [row for row in rows if row.accuracy is not None]
+    if not judged:
+        return []
+    charts = [_forest("accuracy", "Accuracy", _ACCURACY, judged, lambda row: row.accuracy, dots, numbers)]
     compared = [row for row in rows if row.difference is not None]
     if compared:
-        title = f"Difference from {run.study.reference_method}"
-        numbers = {row.arm: number for number, row in enumerate(rows)}
+        title = f"Difference from {reference_arm(run.study)}"
         charts.append(_forest("difference", title, _DIFFERENCE, compared, lambda row: row.difference, {}, numbers))
     return charts
 
@@ -67,13 +72,13 @@ def _forest(
     rows: Sequence[Row],
     pick: Callable[[Row], Estimate | None],
     dots: Mapping[str, Sequence[float]],
-    numbers: Mapping[str, int] | None = None,
+    numbers: Mapping[str, int],
 ) -> Chart:
     labels = [escape(row.arm) for row in rows]
     traces: list[dict[str, Any]] = []
     extent: list[float] = [0.0]
     for place, row in enumerate(rows):
-        number = place if numbers is None else numbers[row.arm]
+        number = numbers[row.arm]
         traces.append({
             "type": "scatter", "mode": "markers", "x": [round(value, 4) for value in dots.get(row.arm, ())],
             "y": [labels[place]] * len(dots.get(row.arm, ())), "meta": number, "marker": {"size": 5, "opacity": 0.45},

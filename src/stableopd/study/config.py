@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -19,17 +19,23 @@ OWN = ("methods", "grid", "grid_methods", "compare_with", "output_dir")
 """What a study does not inherit from the one that it extends."""
 RESERVED = ("grid", "start")
 """Keys of a method that are the study's, not a run's."""
+_OF_THE_STUDY = {"seed": "seeds", "output_dir": "output_dir"}
+"""Settings of a run that the study itself makes, and its own key for each."""
+
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
 
 
 class FinalConfig(Section):
     """What every finished run answers: the same prompts for all, so that differences can be paired."""
 
     benchmarks: tuple[str, ...] = ()
-    """Registry names, or files of prompts with answers; without them, the run's `evaluation.path`."""
+    """Registry names, or files of prompts with answers; without them, the run's `evaluation.path` and its columns."""
     num_prompts: PositiveInt | None = None
     num_samples: PositiveInt | None = None
     """Answers to each prompt; without it, what the benchmark is usually given."""
     temperature: Positive = 0.6
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Without it, the run's `evaluation.top_p`."""
     greedy: bool = True
     """Also answer each prompt once greedily: loops show there first."""
     max_completion_length: PositiveInt | None = None
@@ -55,7 +61,7 @@ class StudyConfig(Section):
     """Dotted keys, each with its values; crosses `grid_methods`."""
     grid_methods: tuple[str, ...] = ()
     """Methods that the grid crosses; all of them without it."""
-    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     compare_with: str | None = None
     """Method that the others are compared with, prompt by prompt; the first one without it."""
     final: FinalConfig | None = FinalConfig()
@@ -79,16 +85,16 @@ class StudyConfig(Section):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
-        if self.world and self.pairs:
-            raise ValueError("world and pairs are both given; a world makes its own pairs")
         for setting, names in (("grid_methods", self.grid_methods), ("compare_with", (self.compare_with,))):
             for name in names:
                 if name is not None and name not in self.methods:
                     raise ValueError(
                         f"{setting} says {name!r}, which is none of the methods{nearest(name, self.methods)}"
                     )
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds holds a seed twice: {', '.join(map(str, self.seeds))}")
+        return self
+
+    @model_validator(mode="after")
+    def _methods_are_clear(self) -> Self:
         for name, method in self.methods.items():
             if method.get("start", "cold_start") not in ("cold_start", "student"):
                 raise ValueError(f"methods.{name}.start is {method['start']!r}; it must be cold_start or student")
@@ -96,6 +102,32 @@ class StudyConfig(Section):
             if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
                 raise ValueError(f"methods.{name}.grid maps keys to lists of values")
         return self
+
+    @model_validator(mode="after")
+    def _nothing_is_given_twice(self) -> Self:
+        """What the study or its world decides may not be given elsewhere, where it would be ignored."""
+        if self.world and self.pairs:
+            raise ValueError("world and pairs are both given; a world makes its own pairs")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds holds a seed twice: {', '.join(map(str, self.seeds))}")
+        for where, given in self._layers():
+            for key, own in _OF_THE_STUDY.items():
+                if key in given:
+                    raise ValueError(f"{where}.{key}: every run of a study is given its own; set {own} of the study")
+        for section, key in self.world.places() if self.world else ():
+            if isinstance(found := merged(self.base).get(section), Mapping) and key in found:
+                raise ValueError(f"base.{section}.{key} is made by the world: leave it out, or leave out world")
+        return self
+
+    def _layers(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Everything that settings of a run can be given in, and what it is called."""
+        yield "base", self.base
+        yield "cold_start", self.cold_start or {}
+        yield "grid", self.grid
+        yield from ((f"pairs.{name}", given) for name, given in self.pairs.items())
+        for name, given in self.methods.items():
+            yield f"methods.{name}", given
+            yield f"methods.{name}.grid", given.get("grid", {})
 
     @property
     def folder(self) -> Path:
@@ -157,10 +189,10 @@ def _with_parents(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any
         return raw, lines
     if not isinstance(name, str):
         raise ConfigError(f"{path}, line {lines['extends']}: extends is the name of another study's file")
-    parent = path.parent / name
-    if parent in children or parent == path:
+    parent = (path.parent / name).resolve()
+    if parent in (*children, path.resolve()):
         raise ConfigError(f"{path}, line {lines['extends']}: {name} extends this study in turn")
-    inherited, _ = _with_parents(parent, (*children, path))
+    inherited, _ = _with_parents(parent, (*children, path.resolve()))
     for key in OWN:
         inherited.pop(key, None)
     base = [layer for layer in (inherited.get("base"), raw.get("base")) if isinstance(layer, dict)]

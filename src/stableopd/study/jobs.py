@@ -8,7 +8,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -26,8 +26,8 @@ class Job:
     """One thing to make. `stem` names its files: STEM.log, and STEM.job.json once it is made."""
 
     name: str
-    commands: tuple[tuple[str, ...], ...]
-    """Run one after the other; {resume} in one becomes --resume where the job was begun before, else nothing."""
+    command: tuple[str, ...]
+    """{resume} in it becomes --resume where the job was begun before, else nothing."""
     stem: Path
     after: tuple[str, ...] = ()
     """Names of jobs that must be done before."""
@@ -73,9 +73,7 @@ class _Active:
     job: Job
     process: subprocess.Popen[bytes]
     log: IO[bytes]
-    remaining: list[tuple[str, ...]]
     started: float
-    returncodes: list[int] = field(default_factory=list)
 
 
 def run_jobs(
@@ -119,12 +117,12 @@ def run_jobs(
                 try:
                     active.append(_start(job, environment))
                 except OSError as error:
-                    end(job, "failed", why=f"{job.commands[0][0]} cannot be started: {error}")
+                    end(job, "failed", why=f"{job.command[0]} cannot be started: {error}")
                 tell_active([one.job for one in active])
             if active:
                 time.sleep(_POLL_S)
             for one in active.copy():
-                outcome = _look_at(one, environment)
+                outcome = _look_at(one)
                 if outcome is not None:
                     active.remove(one)
                     end(one.job, outcome[0], why=outcome[1], seconds=time.monotonic() - one.started)
@@ -151,49 +149,34 @@ def _is_blocked(job: Job, ended: Mapping[str, Ended]) -> bool:
 
 
 def _start(job: Job, environment: Mapping[str, str] | None) -> _Active:
-    """Raises: OSError when its program cannot be started."""
+    """Its log begins again only where nothing is gone on with. Raises: OSError when its program cannot be started."""
     job.stem.parent.mkdir(parents=True, exist_ok=True)
-    first, *rest = job.commands
-    log = job.log.open("wb")
+    resumed = job.begun is not None and job.begun.exists()
+    parts = [part for part in job.command if part != "{resume}" or resumed]
+    log = job.log.open("ab" if resumed else "wb")
     try:
-        return _Active(job, _process(job, first, log, environment), log, list(rest), time.monotonic())
+        process = subprocess.Popen(
+            ["--resume" if part == "{resume}" else part for part in parts],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+        )
     except OSError:
         log.close()
         raise
+    return _Active(job, process, log, time.monotonic())
 
 
-def _process(
-    job: Job, command: Sequence[str], log: IO[bytes], environment: Mapping[str, str] | None
-) -> subprocess.Popen[bytes]:
-    resumed = job.begun is not None and job.begun.exists()
-    filled = [part for part in command if part != "{resume}" or resumed]
-    filled = ["--resume" if part == "{resume}" else part for part in filled]
-    return subprocess.Popen(
-        filled,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, **(environment or {})},
-    )
-
-
-def _look_at(one: _Active, environment: Mapping[str, str] | None) -> tuple[Status, str] | None:
-    """None while it runs; starts the next command of a job whose last one ended well."""
+def _look_at(one: _Active) -> tuple[Status, str] | None:
+    """How a process ended, and why; None while it runs."""
     code = one.process.poll()
     if code is None:
-        return None
-    one.returncodes.append(code)
-    if code in (0, STOPPED_BY_CONTROLLER) and one.remaining:
-        one.process = _process(one.job, one.remaining.pop(0), one.log, environment)
         return None
     one.log.close()
     if code not in (0, STOPPED_BY_CONTROLLER):
         return "failed", f"ended with status {code}; see {one.job.log}\n{_tail(one.job.log)}"
-    record = {
-        "digest": one.job.digest,
-        "returncodes": one.returncodes,
-        "seconds": round(time.monotonic() - one.started, 1),
-    }
+    record = {"digest": one.job.digest, "returncode": code, "seconds": round(time.monotonic() - one.started, 1)}
     write_atomically(one.job.record, json.dumps(record) + "\n")
     return "done", ""
 

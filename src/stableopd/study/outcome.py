@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from stableopd.benchmarking.results import EvalResult
 from stableopd.errors import RunFolderError
@@ -26,7 +28,7 @@ CURVES: Mapping[str, str] = {
     "stop_probe": "health/stop_probe",
 }
 MAX_POINTS = 100
-"""Points kept of each curve."""
+"""Points kept of each curve but the accuracy's, whose last part is a result of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,23 +48,33 @@ class Outcome:
     """By benchmark the share of right answers to each of its prompts, in its order."""
     benchmarks: Mapping[str, str] = field(default_factory=dict)
     """Digest of each benchmark's prompts: answers are paired only where it is the same."""
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @property
     def key(self) -> tuple[str, str, int]:
         return self.arm, self.pair, self.seed
 
+    def with_late(self, fraction: float) -> Outcome:
+        """With the late accuracy: the mean of the evaluations in the last part of the run."""
+        accuracy = self.curves.get("accuracy", ())
+        if not accuracy:
+            return self
+        last = accuracy[-1][0]
+        late = [value for step, value in accuracy if step > last * (1 - fraction) or step == last]
+        return replace(self, figures={**self.figures, "late_accuracy": fmean(late)})
 
-def outcome_of_run(run: RunRecord, name: str, late_fraction: float) -> tuple[dict[str, float], dict[str, list[Any]]]:
+
+_LINE = TypeAdapter(Outcome)
+
+
+def outcome_of_run(run: RunRecord, name: str) -> tuple[dict[str, float], dict[str, list[Any]]]:
     """Figures and curves of a run folder, `name` being its held-out set."""
     curves = {key: run.values(metric.format(name=name)) for key, metric in CURVES.items()}
     accuracy = curves["accuracy"]
     figures: dict[str, float] = {}
     if accuracy:
-        last_step = accuracy[-1][0]
-        late = [value for step, value in accuracy if step > last_step * (1 - late_fraction) or step == last_step]
         figures["start_accuracy"] = accuracy[0][1]
         figures["best_accuracy"] = max(value for _, value in accuracy)
-        figures["late_accuracy"] = sum(late) / len(late)
         figures["end_accuracy"] = accuracy[-1][1]
     for figure, curve in (
         ("greedy_accuracy", "greedy_accuracy"),
@@ -83,23 +95,22 @@ def outcome_of_run(run: RunRecord, name: str, late_fraction: float) -> tuple[dic
     figures["steps"] = float(run.last_step or 0)
     figures["num_tokens"] = max((value for _, value in run.values("num_tokens")), default=0.0)
     figures["step_time_s"] = sum(value for _, value in run.values("step_time"))
-    return figures, {key: _thinned(curve) for key, curve in curves.items() if curve}
+    kept = {key: _thinned(curve, None if key == "accuracy" else MAX_POINTS) for key, curve in curves.items() if curve}
+    return {name: value for name, value in figures.items() if math.isfinite(value)}, kept
 
 
-def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    stride = math.ceil(len(points) / MAX_POINTS)
+def _thinned(points: Sequence[tuple[int, float]], most: int | None) -> list[tuple[int, float]]:
+    stride = math.ceil(len(points) / (most or len(points)))
     kept = [*points[::stride]]
     if kept[-1] != points[-1]:
         kept.append(points[-1])
     return [(step, round(value, 5)) for step, value in kept]
 
 
-def read_folder(
-    folder: Path, *, arm: str, pair: str, seed: int, digest: str, name: str, late_fraction: float
-) -> Outcome:
+def read_folder(folder: Path, *, arm: str, pair: str, seed: int, digest: str, name: str) -> Outcome:
     """The outcome of a finished run folder, without the answers to the final benchmark."""
     run = read_run(folder)
-    figures, curves = outcome_of_run(run, name, late_fraction)
+    figures, curves = outcome_of_run(run, name)
     return Outcome(
         arm=arm, pair=pair, seed=seed, digest=digest, figures=figures, curves=curves,
         verdict=run.verdict.status, headline=run.verdict.headline,
@@ -107,8 +118,14 @@ def read_folder(
 
 
 def with_answers(outcome: Outcome, path: Path) -> Outcome:
-    """The outcome with the answers of a stored evaluation: those that were sampled, and figures of the greedy ones."""
-    results = [EvalResult.from_json(record) for record in json.loads(path.read_text(encoding="utf-8"))]
+    """The outcome with the answers of a stored evaluation: those that were sampled, and figures of the greedy ones.
+
+    Raises: RunFolderError for a file that holds no evaluation.
+    """
+    try:
+        results = [EvalResult.from_json(record) for record in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{path} holds no answers of an evaluation: {error}") from error
     sampled = [result for result in results if result.settings.temperature]
     greedy = [result for result in results if not result.settings.temperature]
     figures = dict(outcome.figures)
@@ -133,15 +150,17 @@ def read_outcomes(path: Path) -> list[Outcome]:
     """
     if not path.exists():
         return []
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
     found: dict[tuple[str, str, int], Outcome] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            outcome = Outcome(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            outcome = _LINE.validate_json(line)
+        except ValidationError as error:
             if number == len(lines):
                 continue  # torn by a kill; the run is collected again
-            raise RunFolderError(f"{path}, line {number} is no result of a run: {error}. Mend or delete it") from None
+            first = error.errors()[0]
+            why = ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")
+            raise RunFolderError(f"{path}, line {number} is no result of a run: {why}. Mend or delete it") from None
         found[outcome.key] = outcome
     return list(found.values())
 

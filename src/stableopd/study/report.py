@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -59,26 +60,43 @@ def render_study(run: StudyRun) -> str:
 
 def headline(run: StudyRun, rows: Sequence[Row]) -> str:
     """What came out, in one sentence."""
-    ranked = sorted((row for row in rows if row.accuracy), key=lambda row: -row.accuracy.mean)  # type: ignore[union-attr]
-    if not ranked:
+    judged = [row for row in rows if row.accuracy]
+    if not judged:
         return f"{len(run.outcomes)} of {len(run.cells)} runs, without a measure of accuracy"
-    best = ranked[0]
-    text = f"{best.arm} is best with {shown(best.accuracy)} over {best.num_runs} run{'s' if best.num_runs > 1 else ''}"
+    highest = max(_mean(row) for row in judged)
+    first = [row for row in judged if _mean(row) == highest]
+    if len(first) == len(judged) > 1:
+        text = f"all methods end at {highest}"
+    elif len(first) > 1:
+        text = f"{', '.join(row.arm for row in first)} end highest, at {highest}"
+    else:
+        num_runs = first[0].num_runs
+        text = f"{first[0].arm} ends highest, at {shown(first[0].accuracy)} over {num_runs} run{'s'[: num_runs > 1]}"
     collapsed = [f"{row.arm} {row.collapsed} of {row.num_runs}" for row in rows if row.collapsed]
     text += f"; collapsed: {', '.join(collapsed)}" if collapsed else "; no run collapsed"
     missing = len(run.cells) - len(run.outcomes)
     return text + (f" ({missing} of {len(run.cells)} runs are missing)" if missing else "")
 
 
+def _mean(row: Row) -> str:
+    """The accuracy as it is shown, by which methods that cannot be told apart are equal."""
+    return "" if row.accuracy is None else f"{row.accuracy.mean:.3f}"
+
+
 def markdown(run: StudyRun) -> str:
     """The tables as Markdown, for a document."""
-    parts = [f"# {headline(run, rows_of(run))}\n"]
+    parts = [f"# {_in_markdown(headline(run, rows_of(run)))}\n"]
     for title, rows in (("All pairs", rows_of(run)), *rows_by_pair(run).items()):
         names = columns(run)
         lines = [" | ".join(names), " | ".join("---" for _ in names)]
-        lines += [" | ".join(cell.replace("|", "\\|") for cell in cells_of_row(row)) for row in rows]
-        parts.append(f"## {title}\n\n" + "".join(f"| {line} |\n" for line in lines))
+        lines += [" | ".join(_in_markdown(cell) for cell in cells_of_row(row)) for row in rows]
+        parts.append(f"## {_in_markdown(title)}\n\n" + "".join(f"| {line} |\n" for line in lines))
     return "\n".join([*parts, note(run) + ".\n"])
+
+
+def _in_markdown(cell: str) -> str:
+    """Names may hold anything that a YAML file does; a viewer must show it, not obey it."""
+    return escape(cell, quote=False).replace("|", "\\|")
 
 
 def _numbered(rows: Sequence[Row], arms: Sequence[str]) -> list[dict[str, Any]]:
@@ -117,7 +135,8 @@ def _runs(outcomes: Sequence[Outcome], arms: Sequence[str]) -> list[dict[str, An
     return [
         {
             "number": arms.index(one.arm), "arm": one.arm, "pair": one.pair, "seed": one.seed,
-            "score": f"{score(one):.3f}", "verdict": one.verdict, "headline": one.headline,
+            "score": "" if (found := score(one)) is None else f"{found:.3f}",
+            "verdict": one.verdict, "headline": one.headline,
         }
         for one in outcomes
     ]  # fmt: skip

@@ -13,11 +13,13 @@ from typing import Any
 
 from stableopd.config import StableOPDConfig
 from stableopd.config_files import dump_config
-from stableopd.errors import ConfigError
+from stableopd.errors import ConfigError, StableOPDError
 from stableopd.lines import write_atomically
 from stableopd.recorder import lock_folder
-from stableopd.study.cells import Cell, cells_of
-from stableopd.study.config import FinalConfig, StudyConfig
+from stableopd.study.cells import Cell, cells_of, without_places
+from stableopd.study.config import StudyConfig
+from stableopd.study.final import answers_of, final_job, final_settings
+from stableopd.study.inputs import check_inputs
 from stableopd.study.jobs import Ended, Job, run_jobs
 from stableopd.study.outcome import Outcome, append_outcome, read_folder, read_outcomes, with_answers
 
@@ -35,6 +37,12 @@ class StudyRun:
     failures: Sequence[Ended] = field(default=())
     """What failed, or was skipped because of it."""
 
+    @property
+    def missing(self) -> list[Cell]:
+        """Runs that have no result."""
+        known = {outcome.key for outcome in self.outcomes}
+        return [cell for cell in self.cells if _key(cell) not in known]
+
 
 Tell = Callable[[Ended], None]
 TellActive = Callable[[Sequence[Job]], None]
@@ -48,12 +56,13 @@ def run_study(
 ) -> StudyRun:
     """Make every run that is not in results.jsonl yet. A failure ends nothing but what needs it.
 
-    Raises: ConfigError before anything is started when a run's settings are impossible, or a finished one was made with
-    others; RunFolderError when another process runs this study.
+    Raises: ConfigError or DataError before anything is started when a run's settings are impossible, something that it
+    reads is not there, or a finished one was made with others; RunFolderError when another process runs this study.
     """
     cells = cells_of(study)
     known = read_outcomes(study.folder / RESULTS)
     _check_unchanged(study, cells, known)
+    check_inputs(study, cells)
     study.folder.mkdir(parents=True, exist_ok=True)
     with _locked(study.folder):
         results = study.folder / RESULTS
@@ -62,12 +71,19 @@ def run_study(
         jobs = list({job.name: job for twins in missing for job in _jobs(study, twins[0])}.values())
         tell_total(len(jobs))
 
+        unread: list[Ended] = []
+
         def collect(ended: Ended) -> None:
             twins = last_jobs.get(ended.job.name, [])
             if twins and ended.status == "done":
-                outcome = _outcome(study, twins[0])
-                for cell in twins:
-                    append_outcome(results, _for_cell(study, cell, outcome))
+                try:
+                    outcome = _outcome(study, twins[0])
+                except (StableOPDError, OSError, ValueError) as error:
+                    ended = replace(ended, status="failed", why=f"its result cannot be read: {error}")
+                    unread.append(ended)
+                else:
+                    for cell in twins:
+                        append_outcome(results, _for_cell(study, cell, outcome))
             tell(ended)
 
         environment = {}
@@ -77,8 +93,8 @@ def run_study(
     return StudyRun(
         study=study,
         cells=cells,
-        outcomes=finished_outcomes(study, cells),
-        failures=[end for end in ended.values() if end.status != "done"],
+        outcomes=_finished(study, cells),
+        failures=[*(end for end in ended.values() if end.status != "done"), *unread],
     )
 
 
@@ -125,13 +141,13 @@ def existing(study: StudyConfig) -> StudyRun:
     """
     cells = cells_of(study)
     _check_unchanged(study, cells, read_outcomes(study.folder / RESULTS))
-    return StudyRun(study=study, cells=cells, outcomes=finished_outcomes(study, cells))
+    return StudyRun(study=study, cells=cells, outcomes=_finished(study, cells))
 
 
-def finished_outcomes(study: StudyConfig, cells: Sequence[Cell]) -> list[Outcome]:
+def _finished(study: StudyConfig, cells: Sequence[Cell]) -> list[Outcome]:
     """The results that there are of the study's cells, in their order."""
     known = {outcome.key: outcome for outcome in read_outcomes(study.folder / RESULTS)}
-    return [known[_key(cell)] for cell in cells if _key(cell) in known]
+    return [known[_key(cell)].with_late(study.late_fraction) for cell in cells if _key(cell) in known]
 
 
 def _key(cell: Cell) -> tuple[str, str, int]:
@@ -151,34 +167,23 @@ def _check_unchanged(study: StudyConfig, cells: Sequence[Cell], known: Sequence[
 
 
 def settings_digest(study: StudyConfig, cell: Cell) -> str:
-    """Of the settings that were given for a run, its cold start and its world: neither defaults nor places, so that a
-    study may be moved and the package updated."""
+    """Of the settings that were given for a run, its cold start, its world and its final answers: neither defaults nor
+    places, so that a study may be moved and the package updated."""
     configs = [cell.config, *([cell.cold_start] if cell.cold_start else [])]
     given = [_settings(study, config) for config in configs]
     world = study.world.made_with(cell.pair, cell.seed) if study.world else ""
-    return hashlib.blake2b("\n".join([*given, world]).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b("\n".join([*given, world, final_settings(study, cell)]).encode(), digest_size=8).hexdigest()
 
 
 def _settings(study: StudyConfig, config: StableOPDConfig) -> str:
-    places = {**_no_result(config), **(_PLACES_IN_A_WORLD if study.world else {})}
-    text = json.dumps(config.model_dump(mode="json", exclude_unset=True, exclude=places), sort_keys=True)
-    for name, place in (study.world.placeholders(study.folder) if study.world else {}).items():
-        text = text.replace(json.dumps(place)[1:-1], f"{{{name}}}")
-    return text
+    given = config.model_dump(mode="json", exclude_unset=True, exclude=_no_result(config))
+    return json.dumps(without_places(given, study), sort_keys=True)
 
 
 def _no_result(config: StableOPDConfig) -> dict[str, Any]:
     """Settings that do not change what comes out. How often a checkpoint is written does, where a run may go back."""
     left_out = {"output_dir": True, "logging": True, "num_processes": True}
     return left_out if config.health.actions == "rollback" else {**left_out, "checkpoint": True}
-
-
-_PLACES_IN_A_WORLD: dict[str, Any] = {
-    "data": {"path"},
-    "evaluation": {"path"},
-    "student": {"model_name_or_path"},
-    "teacher": {"model_name_or_path"},
-}
 
 
 def _jobs(study: StudyConfig, cell: Cell) -> list[Job]:
@@ -188,35 +193,8 @@ def _jobs(study: StudyConfig, cell: Cell) -> list[Job]:
         jobs.append(_training(study, "cold start", cell.cold_start, after=jobs))
     jobs.append(_training(study, "run", cell.config, after=jobs))
     if study.final is not None:
-        jobs.append(_final(study, study.final, cell, after=jobs[-1]))
+        jobs.append(final_job(study, study.final, cell, after=jobs[-1]))
     return jobs
-
-
-def _final(study: StudyConfig, final: FinalConfig, cell: Cell, after: Job) -> Job:
-    """The answers of a finished run's last checkpoint to the benchmarks of the study."""
-    evaluation = cell.config.evaluation
-    length = final.max_completion_length or cell.config.eval_max_completion_length
-    benchmarks = final.benchmarks or ((evaluation.path,) if evaluation.path else ())
-    command = [sys.executable, "-m", "stableopd", "eval", str(cell.folder)]
-    command += [part for name in benchmarks for part in ("--benchmark", name)]
-    command += ["--temperature", str(final.temperature), "--max-completion-length", str(length)]
-    command += ["--judge", final.judge or evaluation.judge, "--seed", str(final.seed)]
-    command += ["--samples", str(final.num_samples)] if final.num_samples else []
-    command += ["--num-prompts", str(final.num_prompts)] if final.num_prompts else []
-    command += ["--greedy"] if final.greedy else []
-    command += ["--out", str(study.folder / "evals"), "--output", str(_answers_of(cell))]
-    stem = cell.folder.with_name(f"{cell.folder.name}.final")
-    return Job(
-        name=f"answers {cell.folder.relative_to(study.folder)}",
-        commands=(tuple(command),),
-        stem=stem,
-        after=(after.name,),
-        settings=final.model_dump_json(),
-    )
-
-
-def _answers_of(cell: Cell) -> Path:
-    return cell.folder.with_name(f"{cell.folder.name}.answers.json")
 
 
 def _training(study: StudyConfig, what: str, config: StableOPDConfig, after: Sequence[Job]) -> Job:
@@ -227,7 +205,7 @@ def _training(study: StudyConfig, what: str, config: StableOPDConfig, after: Seq
     launch = study.launch or (sys.executable, "-m", "stableopd")
     return Job(
         name=f"{what} {folder.relative_to(study.folder)}",
-        commands=((*launch, "train", str(path), "{resume}"),),
+        command=(*launch, "train", str(path), "{resume}"),
         stem=folder,
         after=tuple(job.name for job in after),
         begun=folder / "config.yaml",
@@ -243,9 +221,8 @@ def _outcome(study: StudyConfig, cell: Cell) -> Outcome:
         seed=cell.seed,
         digest=settings_digest(study, cell),
         name=cell.config.evaluation.name,
-        late_fraction=study.late_fraction,
     )
-    return with_answers(outcome, _answers_of(cell)) if study.final is not None else outcome
+    return with_answers(outcome, answers_of(cell)) if study.final is not None else outcome
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stableopd.bootstrap import Answers, Estimate, mean_of_answers, mean_of_runs, paired_difference
-from stableopd.study.config import StudyConfig
+from stableopd.study.cells import reference_arm
 from stableopd.study.outcome import Outcome, by_arm
 from stableopd.study.running import StudyRun
 
@@ -41,6 +41,7 @@ class Row:
     collapsed: int
     """Runs that had collapsed at some evaluation, whether or not they recovered."""
     collapsed_at_end: int
+    """Those of them whose accuracy was still more than 0.15 below its best at their end."""
     means: dict[str, float]
     seconds: float
 
@@ -48,7 +49,7 @@ class Row:
 def rows_of(run: StudyRun) -> list[Row]:
     """A row for every arm of the study that has results, in the order of the configuration."""
     arms = by_arm(run.outcomes)
-    base = _base(run.study, arms)
+    base = arms.get(reference_arm(run.study), [])
     return [_row(arm, outcomes, base, run.study.confidence) for arm, outcomes in arms.items()]
 
 
@@ -60,39 +61,33 @@ def rows_by_pair(run: StudyRun) -> dict[str, list[Row]]:
     tables = {}
     for pair in pairs:
         arms = by_arm(outcome for outcome in run.outcomes if outcome.pair == pair)
-        base = _base(run.study, arms)
+        base = arms.get(reference_arm(run.study), [])
         tables[pair] = [_row(arm, outcomes, base, run.study.confidence) for arm, outcomes in arms.items()]
     return tables
 
 
-def _base(study: StudyConfig, arms: dict[str, list[Outcome]]) -> list[Outcome]:
-    """Runs of the method that the others are compared with; of its first point where it has a grid."""
-    name = study.reference_method
-    arm = next((arm for arm in arms if arm == name or arm.startswith(f"{name} ")), None)
-    return arms[arm] if arm else []
-
-
 def _row(arm: str, outcomes: Sequence[Outcome], base: Sequence[Outcome], confidence: float) -> Row:
-    differences = _paired(outcomes, base)
+    twins = _paired(outcomes, base)
+    collapsed = [outcome for outcome in outcomes if outcome.figures.get("collapsed", 0.0) > 0]
     return Row(
         arm=arm,
         num_runs=len(outcomes),
         accuracy=_accuracy(outcomes, confidence),
-        difference=_difference(differences, confidence) if base and base[0].arm != arm else None,
-        better=sum(score(one) > score(other) for one, other in differences),
-        paired=len(differences),
-        collapsed=sum(outcome.figures.get("collapsed", 0.0) > 0 for outcome in outcomes),
-        collapsed_at_end=sum(outcome.verdict == "collapsed" for outcome in outcomes),
+        difference=_difference(twins, confidence) if base and base[0].arm != arm else None,
+        better=sum(twin.gain > 0 for twin in twins),
+        paired=len(twins),
+        collapsed=len(collapsed),
+        collapsed_at_end=sum(outcome.verdict == "collapsed" for outcome in collapsed),
         means={name: statistics.fmean(values) for name in MEANS if (values := _values(outcomes, name))},
         seconds=statistics.fmean(_values(outcomes, "step_time_s") or [0.0]),
     )
 
 
-def score(outcome: Outcome) -> float:
-    """What a run is judged by: the mean over benchmarks of its answers, or its late accuracy where it has none."""
+def score(outcome: Outcome) -> float | None:
+    """What a run is judged by: its answers, averaged over benchmarks, or its late accuracy; None without either."""
     if outcome.answers:
         return statistics.fmean(statistics.fmean(answers) for answers in outcome.answers.values())
-    return outcome.figures.get("late_accuracy", float("nan"))
+    return outcome.figures.get("late_accuracy")
 
 
 def _values(outcomes: Sequence[Outcome], name: str) -> list[float]:
@@ -107,19 +102,34 @@ def _accuracy(outcomes: Sequence[Outcome], confidence: float) -> Estimate | None
     return mean_of_runs(late, factors=_factors(judged), confidence=confidence) if late else None
 
 
-def _paired(outcomes: Sequence[Outcome], base: Sequence[Outcome]) -> list[tuple[Outcome, Outcome]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Twins:
+    """A run and that of the method compared with, of the same pair and seed."""
+
+    one: Outcome
+    other: Outcome
+    gain: float
+
+
+def _paired(outcomes: Sequence[Outcome], base: Sequence[Outcome]) -> list[_Twins]:
+    """Runs that can be compared: both are there, and both have a score."""
     others = {(outcome.pair, outcome.seed): outcome for outcome in base}
-    return [(one, others[one.pair, one.seed]) for one in outcomes if (one.pair, one.seed) in others]
+    found = []
+    for one in outcomes:
+        other = others.get((one.pair, one.seed))
+        ours, theirs = score(one), score(other) if other else None
+        if other is not None and ours is not None and theirs is not None:
+            found.append(_Twins(one=one, other=other, gain=ours - theirs))
+    return found
 
 
-def _difference(pairs: Sequence[tuple[Outcome, Outcome]], confidence: float) -> Estimate | None:
-    if not pairs:
+def _difference(twins: Sequence[_Twins], confidence: float) -> Estimate | None:
+    if not twins:
         return None
-    if _same_prompts([outcome for pair in pairs for outcome in pair]):
-        first, second = zip(*pairs, strict=True)
+    first, second = [twin.one for twin in twins], [twin.other for twin in twins]
+    if _same_prompts([*first, *second]):
         return paired_difference(_tables(first), _tables(second), factors=_factors(first), confidence=confidence)
-    differences = [score(one) - score(other) for one, other in pairs]
-    return mean_of_runs(differences, factors=_factors([one for one, _ in pairs]), confidence=confidence)
+    return mean_of_runs([twin.gain for twin in twins], factors=_factors(first), confidence=confidence)
 
 
 def _factors(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from stableopd.bootstrap import Estimate
+from stableopd.study.cells import reference_arm
 from stableopd.study.running import StudyRun
 from stableopd.study.table import Row, rows_by_pair, rows_of
 
@@ -38,29 +39,35 @@ def print_study(console: Console, run: StudyRun) -> None:
         console.print(f"[dim]{escape(note(run))}[/]", highlight=False)
     for failure in run.failures:
         console.print(f"[bold red]{failure.status}[/] {escape(failure.job.name)}: {escape(failure.why)}")
+    if run.missing and not run.failures:
+        first = ", ".join(f"{cell.arm} of {cell.pair}, seed {cell.seed}" for cell in run.missing[:3])
+        more = ", ..." if len(run.missing) > 3 else ""
+        console.print(f"[bold red]missing[/] {len(run.missing)} of {len(run.cells)} runs: {escape(first)}{more}")
 
 
 def note(run: StudyRun) -> str:
     """What the columns of the table mean."""
     share = f"{run.study.confidence:.0%}"
     what = "answers to the final benchmark" if any(o.answers for o in run.outcomes) else "late accuracy of the runs"
-    base, late = run.study.reference_method, f"{run.study.late_fraction:.0%}"
+    base, late = reference_arm(run.study), f"{run.study.late_fraction:.0%}"
     return (
         f"accuracy: {what}, with {share} bootstrap intervals over pairs, seeds and prompts; difference from {base} on "
         "the same pairs, seeds and prompts; better: runs that beat their twin there; best, late: highest evaluation of "
         f"the run, mean of those in its last {late}; greedy, cut off: accuracy of greedy answers at the end and the "
         "share that ran into the limit; collapsed: held-out accuracy fell by more than 0.15 while more than half of "
-        "the greedy answers were cut off (in brackets: still so at the end)"
+        "the greedy answers were cut off (in brackets: it had not come back by the end)"
     )
 
 
 def to_json(run: StudyRun) -> str:
     """Tables and failures as one JSON document."""
     document: dict[str, Any] = {
-        "compared_with": run.study.reference_method,
-        "tables": {title: [asdict(row) for row in rows] for title, rows in _tables(run)},
+        "compared_with": reference_arm(run.study),
+        "all_pairs": [asdict(row) for row in rows_of(run)],
+        "by_pair": {pair: [asdict(row) for row in rows] for pair, rows in rows_by_pair(run).items()},
         "num_runs": len(run.cells),
         "num_finished": len(run.outcomes),
+        "missing": [{"arm": cell.arm, "pair": cell.pair, "seed": cell.seed} for cell in run.missing],
         "failures": [{"name": f.job.name, "status": f.status, "why": f.why} for f in run.failures],
     }
     return json.dumps(document, indent=2, allow_nan=False)
@@ -73,7 +80,7 @@ def _tables(run: StudyRun) -> list[tuple[str, list[Row]]]:
 
 def columns(run: StudyRun) -> list[str]:
     """Names of the columns, as `cells_of_row` fills them."""
-    against = f"against {run.study.reference_method}"
+    against = f"against {reference_arm(run.study)}"
     return ["method", "runs", "accuracy", against, "better", *(label for label, _ in COLUMNS), "collapsed"]
 
 

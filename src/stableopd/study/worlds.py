@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stableopd.sections import FolderName, Fraction, NonNegativeInt, PositiveInt, Section
 from stableopd.study.jobs import Job
+from stableopd.toy.task import COMPRESSION_THRESHOLD, JUDGE, TAIL_CHARS
 
 Habit = Literal["standard", "moderate", "clean", "restless"]
 
@@ -37,15 +40,29 @@ class ToyWorld(Section):
     def folder(self, study: Path) -> Path:
         return Path(self.dir) if self.dir else study / "world"
 
+    @model_validator(mode="after")
+    def _teachers_differ(self) -> Self:
+        for (first, one), (second, other) in combinations(self.teachers.items(), 2):
+            if one == other:
+                raise ValueError(f"teachers {first} and {second} are the same: {one.habit}, seed {one.seed}")
+        return self
+
     def settings(self, study: Path, pair: str, seed: int) -> dict[str, Any]:
-        """Models and data of a pair, laid under the study's `base`."""
+        """Models and data of a pair and how its answers are judged, laid under the study's `base`."""
         root = self.folder(study)
         return {
             "student": {"model_name_or_path": str(root / "students" / f"seed-{seed}")},
             "teacher": {"model_name_or_path": str(root / "teachers" / pair)},
             "data": {"path": str(root / "data" / "train.jsonl")},
-            "evaluation": {"path": str(root / "data" / "validation.jsonl")},
+            "evaluation": {"path": str(root / "data" / "validation.jsonl"), "judge": JUDGE},
+            "objective": {"reward": {"function": JUDGE}},
+            "health": {"tail_chars": TAIL_CHARS, "compression_threshold": COMPRESSION_THRESHOLD},
         }
+
+    def places(self) -> Sequence[tuple[str, str]]:
+        """Settings, as (section, key), that are files which the world makes."""
+        sections = ("student", "model_name_or_path"), ("teacher", "model_name_or_path")
+        return *sections, ("data", "path"), ("evaluation", "path")
 
     def placeholders(self, study: Path) -> dict[str, str]:
         """What `{world}` in a setting stands for."""
@@ -72,7 +89,7 @@ class ToyWorld(Section):
         command += ["--quick"] if self.quick else []
         return Job(
             name=f"world {folder.relative_to(root)}",
-            commands=(tuple(command),),
+            command=tuple(command),
             stem=folder,
             settings=" ".join([piece, *command[5:]]),
         )

@@ -45,12 +45,11 @@ from stableopd.toy.build import (
     training_prompts,
 )
 from stableopd.toy.learning import Progress, engine_of, held_out_figures
-from stableopd.toy.task import World, answer, gold, judge, prompt_text
+from stableopd.toy.task import COMPRESSION_THRESHOLD, JUDGE, TAIL_CHARS, World, answer, gold, judge, prompt_text
 from stableopd.toy.tokenizer import build_tokenizer
 
 METHODS = ("opd", "stableopd")
 MAX_COMPLETION_LENGTH = 80
-TAIL_CHARS, COMPRESSION_THRESHOLD = 64, 2.2
 LAMBDA_GOLD, BETA_KL = 3.0, 0.1
 """StableOPD's coefficients here. With lambda_gold = 1 some students loop for a while before they recover."""
 
@@ -200,7 +199,7 @@ def demo_config(settings: DemoSettings, method: str) -> StableOPDConfig:
             "path": str(out / "data" / "validation.jsonl"),
             "every_steps": 5,
             "num_prompts": 100 if quick else 400,
-            "judge": "stableopd.toy.task:judge",
+            "judge": JUDGE,
         },
         checkpoint={"every_steps": 10 if quick else 50},
         logging={"every_steps": 5, "rollouts_every_steps": 5},

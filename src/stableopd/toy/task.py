@@ -28,6 +28,9 @@ from stableopd.toy.habits import Habits, reflect
 ALPHABET = "0123456789:;yw=$_"
 EOS = "$"
 PAD = "_"
+JUDGE = "stableopd.toy.task:judge"
+TAIL_CHARS, COMPRESSION_THRESHOLD = 64, 2.2
+"""The paper's measure of repetition, scaled down to answers of ten characters."""
 
 _HELD_OUT_FRACTION = 0.2
 _FINAL_ANSWER = re.compile(rf"y=(\d){re.escape(EOS)}?{PAD}*\Z")

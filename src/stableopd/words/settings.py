@@ -100,7 +100,13 @@ CPU = Preset(
 
 CPU_1M = replace(
     CPU,
-    teacher=replace(CPU.teacher, size=ModelSize(num_layers=4, hidden_size=192, num_heads=6), learning_rate=1.2e-3),
+    teacher=replace(
+        CPU.teacher,
+        size=ModelSize(num_layers=4, hidden_size=192, num_heads=6),
+        verification_steps=250,
+        trace_steps=400,
+        learning_rate=1.2e-3,
+    ),
     student=replace(CPU.student, size=ModelSize(num_layers=4, hidden_size=160, num_heads=5), learning_rate=1.5e-3),
     run=RunSettings(learning_rate=4e-4),
 )

@@ -1,0 +1,74 @@
+"""Whether what the runs of a study read is there, before the first of them has cost an hour."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from stableopd.benchmarking.registry import spec_of
+from stableopd.config import StableOPDConfig
+from stableopd.errors import ConfigError, DataError, MissingDependencyError
+from stableopd.judges import get_judge
+from stableopd.names import is_a_path
+from stableopd.reading import looks_local
+from stableopd.study.cells import Cell
+from stableopd.study.config import StudyConfig
+
+
+def check_inputs(study: StudyConfig, cells: Sequence[Cell]) -> None:
+    """Files, folders and functions of all runs; what lies on the hub or is made by the study itself is not looked at.
+
+    Raises: ConfigError naming everything that is not there, and where it was named.
+    """
+    problems: dict[str, None] = {}
+    for cell in cells:
+        for config in (cell.config, *([cell.cold_start] if cell.cold_start else [])):
+            for setting, name in _files(config):
+                if not _is_made(study, name) and not Path(name).expanduser().exists():
+                    problems[f"{setting}: {name} does not exist (relative paths start at {Path.cwd()})"] = None
+    for setting, name in _functions(study, cells):
+        try:
+            get_judge(name, setting)
+        except (ConfigError, DataError, MissingDependencyError) as error:
+            problems[str(error)] = None
+    for name in study.final.benchmarks if study.final else ():
+        if spec_of(name.partition("=")[0]) is None and not Path(name).expanduser().exists():
+            problems[f"final.benchmarks: {name!r} is no benchmark of the registry and no file"] = None
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _files(config: StableOPDConfig) -> Iterator[tuple[str, str]]:
+    """Names that can only be files or folders of this machine."""
+    for setting, path in (
+        ("data.path", config.data.path),
+        ("data.gold_path", config.data.gold_path),
+        ("evaluation.path", config.evaluation.path),
+    ):
+        if path is not None and looks_local(path):
+            yield setting, path
+    for setting, model in (
+        ("student.model_name_or_path", config.student.model_name_or_path),
+        *(
+            (f"{name}.model_name_or_path", teacher.model_name_or_path)
+            for name, teacher in config.named_teachers.items()
+        ),
+    ):
+        if model is not None and is_a_path(model):
+            yield setting, model
+
+
+def _is_made(study: StudyConfig, name: str) -> bool:
+    folders = [study.folder, *([study.world.folder(study.folder)] if study.world else [])]
+    return any(Path(name).is_relative_to(folder) for folder in folders)
+
+
+def _functions(study: StudyConfig, cells: Sequence[Cell]) -> Iterator[tuple[str, str]]:
+    """Judges and rewards by name, each once."""
+    found = {("evaluation.judge", cell.config.evaluation.judge): None for cell in cells}
+    for cell in cells:
+        if cell.config.objective.needs_rewards:
+            found["objective.reward.function", cell.config.objective.reward.function] = None
+    if study.final and study.final.judge:
+        found["final.judge", study.final.judge] = None
+    yield from found
