@@ -324,7 +324,7 @@ def main() -> None:
         _complain(str(error))
         sys.exit(BAD_INPUT)
     except OSError as error:  # a full disk, a folder that may not be written, a file in place of a folder
-        _complain(str(error) or repr(error))
+        _complain(_in_words(error))
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         _interrupted("stopped")
@@ -334,6 +334,15 @@ def main() -> None:
         if ended.code == INTERRUPTED:
             _interrupted("stopped")
         raise
+
+
+def _in_words(error: OSError) -> str:
+    """An error of the operating system without its number, and with what can be done."""
+    if error.filename is None or error.strerror is None:
+        return str(error) or repr(error)
+    return (
+        f"{error.filename}: {error.strerror.lower()}. Choose another place, or see to what is there and its permissions"
+    )
 
 
 def _complain(message: str) -> None:

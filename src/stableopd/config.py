@@ -397,6 +397,8 @@ def _wrong_value(dotted: str, problem: Any) -> str:
     given, message = problem["input"], str(problem["msg"]).removeprefix("Value error, ")
     if not dotted:
         return message
+    if problem["type"] == "missing":
+        return f"{dotted} is required and not given"
     if holds_secrets(dotted):
         return f"{dotted}: {message[0].lower()}{message[1:]}"
     if problem["type"] == "model_type":

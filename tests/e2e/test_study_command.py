@@ -193,7 +193,13 @@ def _figures(path: Path) -> dict[str, dict[str, float]]:
         ("methods: {opd: {rollout: {temprature: 1}}}", (), "temprature"),
         ("methods: {opd: {}", (), "broken YAML"),
         ("methods: {opd: {}}", ("--seeds", "1,x"), "--seeds"),
-        ("methods: {opd: {}}", ("seeds=[-1]",), "seeds"),
+        ("methods: {opd: {}}", ("seeds=[-1]",), "error: seeds=[-1] (command line): input should be greater"),
+        ("", (), "methods is required and not given"),
+        (
+            "methods: {opd: {}}\nfinal: null",
+            ("output_dir=study.yaml",),
+            "study.yaml: file exists. Choose another place",
+        ),
     ],
 )
 def test_a_study_that_cannot_be_read_is_one_message_and_nothing_is_made(tmp_path, content, arguments, words):

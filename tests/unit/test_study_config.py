@@ -204,6 +204,7 @@ def test_the_digest_is_that_of_what_matters_to_the_result():
         ({"compare_with": "opdd"}, "did you mean 'opd'"),
         ({"grid_methods": ["sft"]}, "none of the methods"),
         ({"seeds": [1, 1]}, "a seed twice"),
+        ({"seeds": []}, "at least one seed"),
         ({"seeds": [True]}, "seeds.0"),
         ({"seeds": [1.0]}, "seeds.0"),
         ({"seeds": [2**32]}, "seeds.0"),

@@ -17,7 +17,7 @@ from stableopd.study.outcome import Outcome, append_outcome, outcome_of_run, rea
 from stableopd.study.report import headline, markdown, render_study, write_study
 from stableopd.study.running import StudyRun
 from stableopd.study.table import rows_by_pair, rows_of, score
-from stableopd.study.view import cells_of_row, columns, print_study, to_json
+from stableopd.study.view import cells_of_row, columns, note, print_study, to_json
 
 NASTY = "</script><script>alert(1)</script>[bold]"
 
@@ -210,7 +210,8 @@ def test_another_point_of_a_grid_never_stands_in_for_the_one_compared_with():
     given = {"methods": ("stableopd", "opd"), "grid": {"lambda_gold": [0.1, 1.0]}, "grid_methods": ["stableopd"]}
     run = a_run([outcome("stableopd lambda_gold=1.0", accuracy=0.9), outcome("opd", accuracy=0.4)], **given)
     assert [row.difference for row in rows_of(run)] == [None, None]  # the first point has failed
-    assert columns(run)[3] == "against stableopd lambda_gold=0.1"
+    assert columns(run)[3] == "against stableopd, first point"
+    assert "difference from stableopd lambda_gold=0.1 on" in note(run)
 
 
 def test_runs_that_are_missing_are_named_in_the_terminal():

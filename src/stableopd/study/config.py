@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from stableopd.config import FLAT_NAMES, explain
 from stableopd.config_files import laid_over, read_yaml
@@ -23,6 +23,12 @@ _OF_THE_STUDY = {"seed": "seeds", "output_dir": "output_dir"}
 """Settings of a run that the study itself makes, and its own key for each."""
 
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+
+
+def _at_least_one(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if not seeds:
+        raise ValueError("a study has at least one seed")
+    return seeds
 
 
 class FinalConfig(Section):
@@ -61,7 +67,7 @@ class StudyConfig(Section):
     """Dotted keys, each with its values; crosses `grid_methods`."""
     grid_methods: tuple[str, ...] = ()
     """Methods that the grid crosses; all of them without it."""
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], AfterValidator(_at_least_one)] = (0,)
     compare_with: str | None = None
     """Method that the others are compared with, prompt by prompt; the first one without it."""
     final: FinalConfig | None = FinalConfig()

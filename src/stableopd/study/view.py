@@ -80,7 +80,8 @@ def _tables(run: StudyRun) -> list[tuple[str, list[Row]]]:
 
 def columns(run: StudyRun) -> list[str]:
     """Names of the columns, as `cells_of_row` fills them."""
-    against = f"against {reference_arm(run.study)}"
+    method = run.study.reference_method
+    against = f"against {method}" + ("" if reference_arm(run.study) == method else ", first point")
     return ["method", "runs", "accuracy", against, "better", *(label for label, _ in COLUMNS), "collapsed"]
 
 
