@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from stableopd.config_files import dump_config, load_config
-from stableopd.errors import ConfigError
+from stableopd.config_files import load_config
 from stableopd.runfolder import read_run
-from stableopd.trainer import StableOPDTrainer
+from stableopd.study.outcome import read_outcomes
 from stableopd.words.build import build_tokenizer, train_student, train_teacher
-from stableopd.words.pieces import build_pair
-from stableopd.words.runs import METHODS, Pair, words_config
+from stableopd.words.pieces import build_pair, main
 from stableopd.words.settings import PRESETS
 
 QUICK = PRESETS["quick"]
-BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "words.py"
+STUDY = Path(__file__).resolve().parents[2] / "studies" / "words.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +27,6 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("words") / "pair"
     build_pair(folder, QUICK, teacher_seed=1, student_seed=2)
     return folder
-
-
-@pytest.fixture(scope="module")
-def benchmark_script():
-    spec = importlib.util.spec_from_file_location("words_benchmark", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def rows(path):
@@ -56,27 +46,48 @@ def test_a_pair_is_written_whole_and_not_made_again(pair):
     assert before == {path: path.stat().st_mtime_ns for path in pair.rglob("*.safetensors")}
 
 
-@pytest.mark.parametrize("method", ["opd", "stableopd"])
-def test_an_ordinary_run_trains_on_it(pair, tmp_path, method):
-    config = words_config(Pair.in_folder(pair), QUICK, method, output_dir=tmp_path / method, seed=3)
-    (tmp_path / "run.yaml").write_text(dump_config(config))
-    StableOPDTrainer(args=load_config(tmp_path / "run.yaml")).train()
-    run = read_run(tmp_path / method)
-    assert [step for step, _ in run.series("eval/validation/accuracy")] == [0, 2, 4]
-    assert not run.series("eval/validation/judge_failures")
-    assert max(value for _, value in run.series("completions/max_length")) <= QUICK.run.max_completion_length
-    assert bool(run.series("loss/gold")) == (method == "stableopd")
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    """The shipped study of this world on its quick preset, with one pair: its folder and how its command ended."""
+    pytest.importorskip("math_verify")
+    folder = tmp_path_factory.mktemp("words_study")
+    changes = [
+        "world.preset=quick", f"world.dir={folder / 'world'}", f"output_dir={folder / 'out'}", "final.num_prompts=10"
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "stableopd", "study", str(STUDY), "--pairs", "first", "--seeds", "3", *changes]
+    done = subprocess.run([*command, "--methods", "opd,stableopd"], capture_output=True, text=True, timeout=300)
+    return folder, done
 
 
-def test_methods_differ_in_their_coefficients_and_folder_only(pair, tmp_path):
-    configs = {
-        method: words_config(Pair.in_folder(pair), QUICK, method, output_dir=tmp_path / method).model_dump()
-        for method in METHODS
-    }
-    for config in configs.values():
-        assert {key for key in config if config[key] != configs["opd"][key]} <= {"method", "objective", "output_dir"}
-    with pytest.raises(ConfigError, match="did you mean 'mixture'"):
-        words_config(Pair.in_folder(pair), QUICK, "mixtur", output_dir=tmp_path)
+def test_a_study_makes_the_world_and_ordinary_runs_train_on_it(studied):
+    folder, done = studied
+    assert done.returncode == 0, done.stdout + done.stderr
+    for method in ("opd", "stableopd"):
+        run = read_run(folder / "out" / "runs" / "first" / method / "seed-3")
+        assert [step for step, _ in run.series("eval/validation/accuracy")] == [0, 2, 4]
+        assert not run.series("eval/validation/judge_failures")
+        assert max(value for _, value in run.series("completions/max_length")) <= QUICK.run.max_completion_length
+        assert bool(run.series("loss/gold")) == (method == "stableopd")
+    outcomes = read_outcomes(folder / "out" / "results.jsonl")
+    assert sorted(one.arm for one in outcomes) == ["opd", "stableopd"]
+    assert all(len(one.answers["validation"]) == 10 for one in outcomes)
+
+
+def test_methods_differ_in_their_coefficients_and_folder_only(studied):
+    folder, _ = studied
+    configs = [
+        load_config(folder / "out" / "runs" / "first" / method / "seed-3.yaml").model_dump()
+        for method in ("opd", "stableopd")
+    ]
+    different = {key for key in configs[0] if configs[0][key] != configs[1][key]}
+    assert different == {"method", "objective", "output_dir"}
+
+
+def test_a_habit_makes_another_teacher(pair, tmp_path):
+    main(["teacher", str(tmp_path / "clean"), "--preset", "quick", "--seed", "1", "--habit", "clean"])
+    main(["teacher", str(tmp_path / "standard"), "--preset", "quick", "--seed", "1"])
+    weights = {path: (path / "model.safetensors").read_bytes() for path in (pair / "teacher", *tmp_path.iterdir())}
+    assert weights[tmp_path / "standard"] == weights[pair / "teacher"] != weights[tmp_path / "clean"]
 
 
 @pytest.mark.parametrize("train", [train_teacher, train_student])
@@ -96,40 +107,11 @@ def test_training_lowers_the_loss_and_depends_on_the_seed_alone(train):
     assert first[-1] < 0.95 * first[0]
 
 
-def test_students_of_the_gpu_preset_have_between_1m_and_20m_parameters():
+@pytest.mark.parametrize("name", ["cpu-1m", "gpu"])
+def test_students_have_between_1m_and_20m_parameters(name):
     from stableopd.words.build import new_model
 
-    tokenizer = build_tokenizer(QUICK)
-    for size in (PRESETS["gpu"].teacher.size, PRESETS["gpu"].student.size):
-        count = sum(parameter.numel() for parameter in new_model(PRESETS["gpu"], size, tokenizer, 0).parameters())
+    preset, tokenizer = PRESETS[name], build_tokenizer(QUICK)
+    for size in (preset.teacher.size, preset.student.size):
+        count = sum(parameter.numel() for parameter in new_model(preset, size, tokenizer, 0).parameters())
         assert 1e6 < count < 20e6
-
-
-def test_arguments_of_the_benchmark_are_checked(benchmark_script, tmp_path, capsys):
-    parsed = benchmark_script.parse(["--quick", "--seeds", "2", "--methods", "opd,kl", "--out", str(tmp_path / "w")])
-    assert parsed.preset == "quick"
-    assert parsed.seeds == [0, 1]
-    names = [job.name for job in benchmark_script.jobs_of(parsed, 1)]
-    assert names == ["data", "teacher-1", "student-1", "opd, seed 1", "kl, seed 1"]
-    assert load_config(tmp_path / "w" / "kl-1.yaml").objective.reference.coef == 0.1
-    for wrong in (["--methods", "opd,magic"], ["--seeds", "0"], ["--preset", "tpu"]):
-        with pytest.raises(SystemExit) as stopped:
-            benchmark_script.parse([*wrong, "--out", str(tmp_path)])
-        assert stopped.value.code == 2
-    assert "there is no 'magic'" in capsys.readouterr().err
-
-
-def test_the_benchmark_uses_what_is_there_and_starts_nothing_twice(pair, benchmark_script, tmp_path, capsys):
-    arguments = ["--quick", "--methods", "opd", "--out", str(tmp_path)]
-    pieces = benchmark_script.jobs_of(benchmark_script.parse(arguments), 0)[:3]
-    for job, made in zip(pieces, ("data", "teacher", "student"), strict=True):
-        shutil.copytree(pair / made, job.stem)
-        job.record.write_text(json.dumps({"digest": job.digest}))
-    assert benchmark_script.main(arguments) == 0
-    first = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[1] for line in first if line.startswith("done in")] == ["opd, seed 0"]
-    assert json.loads(first[-1])["opd"]["runs"] == 1
-    assert benchmark_script.main(arguments) == 0
-    again = capsys.readouterr().out.splitlines()
-    assert not [line for line in again if line.startswith("done in")]
-    assert again[-1] == first[-1]

@@ -115,7 +115,7 @@ LAYERS = (
     {"toy", "toy.task", "toy.tokenizer", "toy.models", "toy.build", "toy.demo", "toy.pieces"}
     | {"toy.habits", "toy.learning", "words", "words.problems", "words.traces", "words.tokenizer", "words.judging"}
     | {"words.settings", "words.build", "words.pieces", "words.runs"},
-    {"study", "study.jobs", "study.outcome"},
+    {"study", "study.jobs", "study.outcome", "study.layers"},
     {"study.worlds"},
     {"study.config"},
     {"study.cells"},

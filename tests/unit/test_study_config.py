@@ -7,9 +7,10 @@ import yaml
 
 from stableopd.errors import ConfigError
 from stableopd.study.cells import cells_of
-from stableopd.study.config import StudyConfig, load_study, merged
+from stableopd.study.config import StudyConfig, load_study
 from stableopd.study.final import protocol
 from stableopd.study.inputs import check_inputs
+from stableopd.study.layers import merged
 from stableopd.study.outcome import Outcome, read_outcomes
 from stableopd.study.running import _without_twins, settings_digest
 

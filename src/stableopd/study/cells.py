@@ -13,7 +13,8 @@ from typing import Any
 from stableopd.config import PRESETS, StableOPDConfig
 from stableopd.errors import ConfigError
 from stableopd.names import nearest
-from stableopd.study.config import RESERVED, StudyConfig, merged
+from stableopd.study.config import RESERVED, StudyConfig
+from stableopd.study.layers import merged
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

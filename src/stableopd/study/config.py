@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from stableopd.config import FLAT_NAMES, explain
+from stableopd.config import explain
 from stableopd.config_files import laid_over, read_yaml
 from stableopd.errors import ConfigError
 from stableopd.names import nearest
 from stableopd.sections import FolderName, NonNegativeInt, Positive, PositiveInt, Section
-from stableopd.study.worlds import ToyWorld
+from stableopd.study.layers import merged
+from stableopd.study.worlds import World
 
 OWN = ("methods", "grid", "grid_methods", "compare_with", "output_dir")
 """What a study does not inherit from the one that it extends."""
@@ -59,7 +61,7 @@ class StudyConfig(Section):
     """Per method what is laid over `base`. `grid`: a grid of its own; `start: student`: not from the cold start."""
     pairs: dict[FolderName, dict[str, Any]] = Field(default_factory=dict)
     """Students and teachers (or anything else that all methods meet), laid over `base` before the method."""
-    world: ToyWorld | None = None
+    world: World | None = None
     """Models and data made on the spot, in place of `pairs`."""
     cold_start: dict[str, Any] | None = None
     """Settings of a run, laid over `base`, that is made once per pair and seed; its student is every method's."""
@@ -87,7 +89,8 @@ class StudyConfig(Section):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError.of(explain(error, list(type(self).model_fields))) from None
+            problems = explain(error, list(type(self).model_fields))
+            raise ConfigError.of([(_without_kind(key), _without_kind(told)) for key, told in problems]) from None
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
@@ -175,6 +178,11 @@ class StudyConfig(Section):
         return self.model_copy(update=changes)
 
 
+def _without_kind(text: str) -> str:
+    """A complaint about a setting of the world, without the kind of world that pydantic puts into its key."""
+    return re.sub(r"\bworld\.(toy|words)\.", "world.", text)
+
+
 def load_study(path: str | Path, overrides: tuple[str, ...] = ()) -> StudyConfig:
     """The study in a YAML file, with `dotted.key=value` overrides laid over it.
 
@@ -203,27 +211,3 @@ def _with_parents(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any
         inherited.pop(key, None)
     base = [layer for layer in (inherited.get("base"), raw.get("base")) if isinstance(layer, dict)]
     return {**inherited, **raw, **({"base": merged(*base)} if base else {})}, lines
-
-
-def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings laid over each other, later ones on top. Flat and dotted names may be used in every layer."""
-    result: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            _lay(result, FLAT_NAMES.get(key, key).split("."), value)
-    return result
-
-
-def _lay(node: dict[str, Any], path: list[str], value: Any) -> None:
-    *parents, leaf = path
-    for parent in parents:
-        child = node.get(parent)
-        node[parent] = child = dict(child) if isinstance(child, Mapping) else {}
-        node = child
-    if isinstance(value, Mapping) and isinstance(node.get(leaf), Mapping):
-        inner = dict(node[leaf])
-        for key, item in value.items():
-            _lay(inner, key.split("."), item)
-        node[leaf] = inner
-    else:
-        node[leaf] = value

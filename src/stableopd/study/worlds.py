@@ -6,39 +6,32 @@ import sys
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from stableopd.sections import FolderName, Fraction, NonNegativeInt, PositiveInt, Section
 from stableopd.study.jobs import Job
-from stableopd.toy.task import COMPRESSION_THRESHOLD, JUDGE, TAIL_CHARS
+from stableopd.study.layers import merged
+from stableopd.toy import task
+from stableopd.words.runs import run_settings
+from stableopd.words.settings import PRESETS
 
 Habit = Literal["standard", "moderate", "clean", "restless"]
 
 
-class ToyTeacher(Section):
+class WorldTeacher(Section):
     habit: Habit = "standard"
+    """How it likes to check once more."""
     seed: NonNegativeInt = 0
 
 
-class ToyWorld(Section):
-    """The demo's world (docs/demo.md). A pair is a teacher; the seed of a run is that of its student, too."""
+class _World(Section):
+    """A pair is a teacher; the seed of a run is that of its student, too."""
 
-    name: Literal["toy"]
-    kind: Literal["t4", "a"] = "t4"
-    terse_fraction: Fraction | None = None
-    """Share of golden solutions that are answer-only; without it, the world's own."""
-    teachers: dict[FolderName, ToyTeacher] = Field(min_length=1)
-    gold_pool: PositiveInt = 128
-    """Size of the scarce pool in gold_pool.jsonl."""
-    quick: bool = False
-    """Poor models in seconds, to try a study out."""
+    teachers: dict[FolderName, WorldTeacher] = Field(min_length=1)
     dir: str | None = None
     """Where models and data are kept, so that several studies can share them; without it, in the study's folder."""
-
-    def folder(self, study: Path) -> Path:
-        return Path(self.dir) if self.dir else study / "world"
 
     @model_validator(mode="after")
     def _teachers_differ(self) -> Self:
@@ -47,22 +40,24 @@ class ToyWorld(Section):
                 raise ValueError(f"teachers {first} and {second} are the same: {one.habit}, seed {one.seed}")
         return self
 
+    def folder(self, study: Path) -> Path:
+        return Path(self.dir) if self.dir else study / "world"
+
     def settings(self, study: Path, pair: str, seed: int) -> dict[str, Any]:
-        """Models and data of a pair and how its answers are judged, laid under the study's `base`."""
+        """Settings of a pair's runs, laid under the study's `base`: models, data, and how the world is best run."""
         root = self.folder(study)
-        return {
+        made = {
             "student": {"model_name_or_path": str(root / "students" / f"seed-{seed}")},
             "teacher": {"model_name_or_path": str(root / "teachers" / pair)},
             "data": {"path": str(root / "data" / "train.jsonl")},
-            "evaluation": {"path": str(root / "data" / "validation.jsonl"), "judge": JUDGE},
-            "objective": {"reward": {"function": JUDGE}},
-            "health": {"tail_chars": TAIL_CHARS, "compression_threshold": COMPRESSION_THRESHOLD},
+            "evaluation": {"path": str(root / "data" / "validation.jsonl")},
         }
+        return merged(self._own_settings(), made)
 
     def places(self) -> Sequence[tuple[str, str]]:
         """Settings, as (section, key), that are files which the world makes."""
-        sections = ("student", "model_name_or_path"), ("teacher", "model_name_or_path")
-        return *sections, ("data", "path"), ("evaluation", "path")
+        models = ("student", "model_name_or_path"), ("teacher", "model_name_or_path")
+        return *models, ("data", "path"), ("evaluation", "path")
 
     def placeholders(self, study: Path) -> dict[str, str]:
         """What `{world}` in a setting stands for."""
@@ -77,19 +72,65 @@ class ToyWorld(Section):
         teacher = self.teachers[pair]
         root = self.folder(study)
         return [
-            self._job(root, "data", root / "data"),
-            self._job(root, "teacher", root / "teachers" / pair, habit=teacher.habit, seed=teacher.seed),
-            self._job(root, "student", root / "students" / f"seed-{seed}", seed=seed),
+            self._job(root, "data", root / "data", WorldTeacher()),
+            self._job(root, "teacher", root / "teachers" / pair, teacher),
+            self._job(root, "student", root / "students" / f"seed-{seed}", WorldTeacher(seed=seed)),
         ]
 
-    def _job(self, root: Path, piece: str, folder: Path, *, habit: str = "standard", seed: int = 0) -> Job:
-        command = [sys.executable, "-m", "stableopd.toy.pieces", piece, str(folder), "--kind", self.kind]
-        command += ["--habit", habit, "--seed", str(seed), "--gold-pool", str(self.gold_pool)]
-        command += ["--terse-fraction", str(self.terse_fraction)] if self.terse_fraction is not None else []
-        command += ["--quick"] if self.quick else []
+    def _job(self, root: Path, piece: str, folder: Path, given: WorldTeacher) -> Job:
+        module, *options = self._maker(given)
         return Job(
             name=f"world {folder.relative_to(root)}",
-            command=tuple(command),
+            command=(sys.executable, "-m", module, piece, str(folder), *options),
             stem=folder,
-            settings=" ".join([piece, *command[5:]]),
+            settings=" ".join([piece, *options]),
         )
+
+    def _own_settings(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _maker(self, given: WorldTeacher) -> list[str]:
+        """The module that makes a piece, and its options."""
+        raise NotImplementedError
+
+
+class ToyWorld(_World):
+    """The demo's world (docs/demo.md)."""
+
+    name: Literal["toy"]
+    kind: Literal["t4", "a"] = "t4"
+    terse_fraction: Fraction | None = None
+    """Share of golden solutions that are answer-only; without it, the world's own."""
+    gold_pool: PositiveInt = 128
+    """Size of the scarce pool in gold_pool.jsonl."""
+    quick: bool = False
+    """Poor models in seconds, to try a study out."""
+
+    def _own_settings(self) -> dict[str, Any]:
+        return {
+            "evaluation": {"judge": task.JUDGE},
+            "objective": {"reward": {"function": task.JUDGE}},
+            "health": {"tail_chars": task.TAIL_CHARS, "compression_threshold": task.COMPRESSION_THRESHOLD},
+        }
+
+    def _maker(self, given: WorldTeacher) -> list[str]:
+        command = ["stableopd.toy.pieces", "--kind", self.kind, "--habit", given.habit, "--seed", str(given.seed)]
+        command += ["--gold-pool", str(self.gold_pool)]
+        command += ["--terse-fraction", str(self.terse_fraction)] if self.terse_fraction is not None else []
+        return command + (["--quick"] if self.quick else [])
+
+
+class LanguageWorld(_World):
+    """The words world (docs/words.md): problems in English; models and settings of runs are those of the preset."""
+
+    name: Literal["words"]
+    preset: Literal["cpu", "cpu-1m", "gpu", "quick"] = "cpu-1m"
+
+    def _own_settings(self) -> dict[str, Any]:
+        return run_settings(PRESETS[self.preset])
+
+    def _maker(self, given: WorldTeacher) -> list[str]:
+        return ["stableopd.words.pieces", "--preset", self.preset, "--habit", given.habit, "--seed", str(given.seed)]
+
+
+World = Annotated[ToyWorld | LanguageWorld, Field(discriminator="name")]

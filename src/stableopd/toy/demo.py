@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +44,7 @@ from stableopd.toy.build import (
     train_teacher,
     training_prompts,
 )
+from stableopd.toy.habits import HABITS
 from stableopd.toy.learning import Progress, engine_of, held_out_figures
 from stableopd.toy.task import COMPRESSION_THRESHOLD, JUDGE, TAIL_CHARS, World, answer, gold, judge, prompt_text
 from stableopd.toy.tokenizer import build_tokenizer
@@ -53,12 +54,6 @@ MAX_COMPLETION_LENGTH = 80
 LAMBDA_GOLD, BETA_KL = 3.0, 0.1
 """StableOPD's coefficients here. With lambda_gold = 1 some students loop for a while before they recover."""
 
-_TEACHERS: Mapping[str, Callable[[World], World]] = {
-    "standard": lambda world: world,
-    "moderate": World.with_moderate_teacher,
-    "clean": World.with_clean_teacher,
-    "restless": World.with_restless_teacher,
-}
 TOKENIZER = build_tokenizer()
 _POLL_S = 0.5
 
@@ -79,10 +74,10 @@ class DemoSettings:
     def build_world(self) -> World:
         """Raises: ConfigError for a world or a teacher that does not exist."""
         worlds = {"t4": World.t4, "a": World.a}
-        for name, value, known in (("world", self.world, worlds), ("teacher", self.teacher, _TEACHERS)):
+        for name, value, known in (("world", self.world, worlds), ("teacher", self.teacher, HABITS)):
             if value not in known:
                 raise ConfigError(f"--{name} is {value!r}; it must be one of {', '.join(known)}")
-        world = _TEACHERS[self.teacher](worlds[self.world]())
+        world = worlds[self.world]().with_teacher(self.teacher)
         return world if self.terse_fraction is None else replace(world, terse_fraction=self.terse_fraction)
 
     @property

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, Self, TypeVar
 
 from numpy.random import Generator
 
+HABITS = ("standard", "moderate", "clean", "restless")
 Attempt = TypeVar("Attempt")
 _Written = TypeVar("_Written", contravariant=True)
 
@@ -51,6 +52,16 @@ class Habits:
     drill_max_copies: int = 5
     single_recheck_fraction: float = 0.01
     """Student: share of re-checked solutions in `recheck_example`."""
+
+    def with_teacher(self, habit: str) -> Self:
+        """The same world with a teacher of that habit, one of `HABITS`."""
+        made: Mapping[str, Callable[[], Self]] = {
+            "standard": lambda: self,
+            "moderate": self.with_moderate_teacher,
+            "clean": self.with_clean_teacher,
+            "restless": self.with_restless_teacher,
+        }
+        return made[habit]()
 
     def with_clean_teacher(self) -> Self:
         """The same world with a teacher that hardly loops, even when decoded greedily."""

@@ -17,6 +17,7 @@ from stableopd.console import quiet_libraries
 from stableopd.lines import made_whole, write_lines
 from stableopd.toy.build import held_out_prompts, train_student, train_teacher, training_prompts
 from stableopd.toy.demo import TOKENIZER, DemoSettings, check_model, one_thread
+from stableopd.toy.habits import HABITS
 from stableopd.toy.task import World, answer, gold, prompt_text, solution
 
 _POOL_STREAM = 3
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("piece", choices=("data", "teacher", "student"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kind", default="t4", choices=("t4", "a"))
-    parser.add_argument("--habit", default="standard")
+    parser.add_argument("--habit", default="standard", choices=HABITS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--terse-fraction", type=float, default=None)
     parser.add_argument("--gold-pool", type=int, default=128)

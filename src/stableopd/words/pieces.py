@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from stableopd.console import quiet_libraries
 from stableopd.lines import made_whole, write_atomically, write_lines
 from stableopd.toy.demo import one_thread
+from stableopd.toy.habits import HABITS
 from stableopd.toy.learning import Progress, engine_of, held_out_figures
 from stableopd.words.build import build_tokenizer, messages, prompt_example, train_student, train_teacher
 from stableopd.words.judging import judge
@@ -102,10 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("piece", choices=("data", "teacher", "student", "pair"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--preset", default="cpu", choices=tuple(PRESETS))
+    parser.add_argument("--habit", default="standard", choices=HABITS, help="how the teacher likes to re-check")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     quiet_libraries()
     preset = PRESETS[given.preset]
+    preset = replace(preset, world=preset.world.with_teacher(given.habit))
     if given.piece == "data":
         write_data(given.folder, preset)
     elif given.piece == "pair":
