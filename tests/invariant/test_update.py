@@ -280,8 +280,8 @@ def test_an_update_in_which_nothing_counts_is_skipped(tokenizer, rows):
 
 def test_large_vocabularies_are_taken_in_chunks_with_the_same_result(tokenizer, rows, monkeypatch):
     whole = update(tokenizer, rows)
-    monkeypatch.setattr("stableopd.fused._CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr("stableopd.fused._MIN_ROWS", 3)
+    monkeypatch.setattr("stableopd.fused.sweep.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("stableopd.fused.sweep.MIN_ROWS", 3)
     assert_same(update(tokenizer, rows), whole)
 
 

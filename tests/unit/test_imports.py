@@ -31,6 +31,9 @@ LAYERS = (
     | {"losses.rewards", "losses.reduction"},
     {"attention"},
     {"heads"},
+    {"fused.records", "fused.chunks"},
+    {"fused.checks", "fused.projection"},
+    {"fused.sweep"},
     {"fused"},
     {
         "protocols",

@@ -11,7 +11,7 @@ from stableopd.doctor.plan import Plan
 
 CONTEXT_BYTES = 1 * GIB
 """What a GPU's context, kernels and libraries take before a model is there."""
-_CHUNK_ELEMENTS, _MIN_ROWS, _GROUP = 2**23, 256, 2  # of stableopd.fused
+_CHUNK_ELEMENTS, _MIN_ROWS, _GROUP = 2**23, 256, 2  # of stableopd.fused.sweep and .projection
 _ADAM_STATES = 2
 _STATE_BYTES = 4
 """Of what is trained, its gradient and each of its moments: always float32."""
