@@ -1,4 +1,4 @@
-"""Chunks of tokens: distributions over them, the gradient that gathers on each, and the memory that all of them share."""
+"""Chunks of tokens: distributions over them, the gradient that gathers on each, and the memory that all share."""
 
 from __future__ import annotations
 
