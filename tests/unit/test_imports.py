@@ -100,7 +100,7 @@ LAYERS = (
     {"benchmarking.subject", "benchmarking.view"},
     {"benchmarking.running"},
     {"teaching", "engines", "heldout"},
-    {"curation", "curation.splitting", "curation.cards", "curation.overlap"},
+    {"curation", "curation.splitting", "curation.cards", "curation.overlap", "curation.plain"},
     {"curation.journal", "curation.sources", "curation.screening"},
     {"curation.sampling", "curation.openr1", "curation.parts", "curation.gold_file", "curation.gold"},
     {"curation.decontaminate"},

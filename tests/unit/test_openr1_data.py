@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ from openr1_rows import (
 from stableopd.curation.cards import quantiles
 from stableopd.curation.openr1 import COLUMNS, Recipe
 from stableopd.curation.parts import make_parts
+from stableopd.curation.plain import verdict_of
 from stableopd.curation.screening import Screening, chosen
 from stableopd.curation.sources import HubSource, open_source
 from stableopd.curation.splitting import draw, prompt_key, threshold_of_fraction
@@ -137,6 +140,23 @@ def test_a_generation_of_just_the_longest_length_stays(tmp_path):
     path = write_parquet(tmp_path / "rows.parquet", [row("p", "12345"), row("q", "123456")])
     make(path, tmp_path / "out", replace(SMALL, screening=Screening(max_gold_tokens=5)))
     assert [one["gold"] for one in written_rows(tmp_path / "out")] == ["12345"]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "read"),
+    [
+        (True, True), (0, False), (1.0, True), ("True", True), (" FALSE ", False), (None, None),
+        (np.True_, True), (np.int8(0), False), (pa.scalar(False), False), (pa.scalar(None, pa.bool_()), None),
+    ],
+)  # fmt: skip
+def test_a_verdict_is_read_as_what_it_says(verdict, read):
+    assert verdict_of(verdict, "here") is read
+
+
+@pytest.mark.parametrize("verdict", ["no", "", "0", 2, -1, float("nan"), [], [True], {}, pa.scalar("yes")])
+def test_what_is_no_verdict_is_refused(verdict):
+    with pytest.raises(DataError, match="here says .*no verdict"):
+        verdict_of(verdict, "here")
 
 
 # ------------------------------------------------------------------------------------ the split
@@ -277,6 +297,8 @@ def test_the_limit_reads_no_further(tmp_path):
         ([{**row("p", "1"), "generations": "1"}], "line 1: 'generations' is a string"),
         ([row("p", "1"), row("q", "1", complete=[True, False])], "line 2: 'is_reasoning_complete' has 2 entries for 1"),
         ([{"prompt": "p", "generations": []}], "lacks the columns 'problem', 'correctness_math_verify'"),
+        ([row("p", "1"), row("q", "1", right=["no"])], "line 2: 'correctness_math_verify' says 'no', which is no verdict"),
+        ([row("p", "1", complete=["unknown"])], "line 1: 'is_reasoning_complete' says 'unknown'"),
         ([row("p", "1", right=[False])], "not one prompt has a golden solution.*wrong 1"),
     ],
 )
