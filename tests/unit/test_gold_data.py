@@ -154,6 +154,13 @@ def test_what_cannot_be_used_is_named(settings, tmp_path, overrides, error, mess
         make(settings(*overrides), tmp_path / "gold.jsonl")
 
 
+@pytest.mark.parametrize("answer", ["null", '" "', "NaN", "Infinity", '["7"]', '{"value": 7}'])
+def test_a_row_without_an_answer_to_compare_with_is_refused(settings, tmp_path, answer):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1234:", "answer": "7"}\n{"prompt": "1234:", "answer": %s}' % answer)
+    with pytest.raises(DataError, match="line 2: no answer in the column 'answer'"):
+        make(settings(f"data.path={tmp_path / 'rows.jsonl'}"), tmp_path / "gold.jsonl")
+
+
 def test_a_teacher_that_is_never_right_writes_nothing(settings, tmp_path):
     with pytest.raises(DataError, match=r"can be gold \(.*wrong \d+\)"):
         make(settings(judge="never"), tmp_path / "gold.jsonl")

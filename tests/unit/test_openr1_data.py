@@ -142,6 +142,25 @@ def test_a_generation_of_just_the_longest_length_stays(tmp_path):
     assert [one["gold"] for one in written_rows(tmp_path / "out")] == ["12345"]
 
 
+NO_ANSWERS = [None, " ", float("nan"), float("inf"), [], ["7"], {"value": 7}]
+
+
+def test_what_is_no_answer_is_not_written_as_one(tmp_path):
+    rows = [{**row(f"p{n}", "1"), "answer": answer} for n, answer in enumerate([*NO_ANSWERS, 7, 0.5, "x"])]
+    card = make(write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out", replace(SMALL, num_cold_start=10))
+    answers = {one["problem"]: one["answer"] for one in written_rows(tmp_path / "out", "cold_start", "heldout")}
+    assert [answers[f"p{n}"] for n in range(10)] == [None] * 7 + ["7", "0.5", "x"]
+    assert card["counts"]["Answers of kept rows"] == {"with": 3, "without": 7}
+
+
+def test_what_is_no_answer_is_not_compared_with(tmp_path):
+    rows = [{**row(f"p{n}", "nan"), "answer": answer} for n, answer in enumerate([*NO_ANSWERS, "nan"])]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    card = make(path, tmp_path / "out", replace(SMALL, judge="math"), lambda text, answer: True)
+    assert card["counts"]["Rows"]["no_answer"] == len(NO_ANSWERS)
+    assert [one["answer"] for one in written_rows(tmp_path / "out")] == ["nan"]
+
+
 @pytest.mark.parametrize(
     ("verdict", "read"),
     [
