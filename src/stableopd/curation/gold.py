@@ -13,6 +13,7 @@ from torch import nn
 from stableopd.benchmarking.timed import TimedJudge
 from stableopd.config import StableOPDConfig, TeacherConfig
 from stableopd.curation.gold_file import GoldFile, Prompts
+from stableopd.curation.plain import plain_row
 from stableopd.curation.sampling import Rejection, check_answers, sample_gold
 from stableopd.data import load_examples
 from stableopd.errors import ConfigError, DataError
@@ -150,7 +151,8 @@ def _prompts(config: StableOPDConfig, tokenizer: PreTrainedTokenizerBase) -> Pro
         max_prompt_tokens=data.max_prompt_length,
         chat_template_kwargs=data.chat_template_kwargs,
     )
-    return Prompts(rows=rows, examples=examples)
+    written = [plain_row(row, place) for row, place in zip(rows, rows.places, strict=True)]  # trouble is told at once
+    return Prompts(rows=written, examples=examples)
 
 
 def _sampling(config: StableOPDConfig) -> Sampling:

@@ -25,7 +25,7 @@ _REASONS = ("fit", "not_text", "truncated", "repetitive", "judge_failed", "wrong
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Rows as they were read, and the same tokenised for the teacher."""
+    """Rows as they are written again, and the same tokenised for the teacher."""
 
     rows: Sequence[Row]
     examples: list[Example]
@@ -34,7 +34,7 @@ class Prompts:
     def sha256(self) -> str:
         digest = hashlib.sha256()
         for row in self.rows:
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+            digest.update(json.dumps(row, sort_keys=True).encode())
         return digest.hexdigest()
 
 
