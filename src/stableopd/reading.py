@@ -74,12 +74,12 @@ def _read_local(path: Path, split: str | None) -> Iterator[tuple[Place, Row]]:
             yield from _read_file(file)
 
 
-def files_of(folder: Path, split: str | None) -> list[Path]:
+def files_of(folder: Path, split: str | None, *, setting: str = "data.path") -> list[Path]:
     """Files of rows in a folder and below, by name. Raises: DataError when there are none, or none of the split."""
     visible = (file for file in folder.rglob("*") if not re.search(r"(^|/)\.", file.relative_to(folder).as_posix()))
     files = sorted(file for file in visible if file.suffix in _READERS and file.is_file())
     if not files:
-        raise DataError(f"the folder {folder} holds no {_suffixes()} file. Put the data there or correct data.path")
+        raise DataError(f"the folder {folder} holds no {_suffixes()} file. Put the data there or correct {setting}")
     chosen = [file for file in files if split is None or re.match(rf"{re.escape(split)}(?!\w)", file.name)]
     if not chosen:
         names = ", ".join(file.name for file in files[:10])

@@ -278,6 +278,19 @@ def test_jsonl_parquet_and_several_files_give_the_same_rows(tmp_path):
     assert whole == written_rows(tmp_path / "out-lines") == written_rows(tmp_path / "out-both")
 
 
+def test_files_called_alike_in_several_folders_are_told_apart(tmp_path):
+    rows = many_rows(30)
+    for folder, part in (("a", rows[:10]), ("b", rows[10:])):
+        (tmp_path / "source" / folder).mkdir(parents=True)
+        write_parquet(tmp_path / "source" / folder / "train.parquet", part)
+    card = make(tmp_path / "source", tmp_path / "out")
+    assert card["source"]["files"] == 2
+    assert card["source"]["names"] == "a/train.parquet, b/train.parquet"
+    write_parquet(tmp_path / "source" / "a" / "train.parquet", rows[:9])
+    with pytest.raises(RunFolderError, match="sha256"):
+        make(tmp_path / "source", tmp_path / "out")
+
+
 @pytest.mark.parametrize("start", [0, 4, 5, 13, 20, 25, 31])
 def test_rows_go_on_from_any_row(tmp_path, start):
     rows = many_rows(31)
