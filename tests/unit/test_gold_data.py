@@ -142,6 +142,15 @@ def test_a_finished_file_is_left_alone_and_others_are_not_overwritten(settings, 
     with pytest.raises(RunFolderError, match="not overwritten"):
         make(settings(), tmp_path / "mine.jsonl")
     assert out.read_bytes() == before
+    out.write_bytes(before[:-20])
+    with pytest.raises(RunFolderError, match=r"gold.jsonl is not as it was written .*remove .*gold.card.json and"):
+        make(settings(), out)
+    out.unlink()
+    with pytest.raises(RunFolderError, match="gold.jsonl is gone"):
+        make(settings(), out)
+    (tmp_path / "gold.card.json").unlink()
+    assert make(settings(), out) == card
+    assert out.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,31 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(tmp_path
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-30]), r"is not as it was written \(\d+ lines then, \d+ now"),
+        (lambda path: path.write_text(path.read_text().replace("Think", "Drink")), "is not as it was written"),
+        (lambda path: path.unlink(), "is gone"),
+    ],
+)
+def test_a_finished_folder_that_was_damaged_is_not_vouched_for(tmp_path, damage, message):
+    path = write_parquet(tmp_path / "rows.parquet", many_rows(40))
+    make(path, tmp_path / "out")
+    damage(tmp_path / "out" / "opd.jsonl")
+    with pytest.raises(RunFolderError, match=rf"opd.jsonl {message}.*remove the folder .*out, or choose another --out"):
+        make(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"settings": {}, "source": {}, "outputs": {}}'])
+def test_a_damaged_card_is_told(tmp_path, text):
+    path = write_parquet(tmp_path / "rows.parquet", many_rows(5))
+    make(path, tmp_path / "out")
+    (tmp_path / "out" / "card.json").write_text(text)
+    with pytest.raises(RunFolderError, match="card.json is not a data card, or is damaged"):
+        make(path, tmp_path / "out")
+
+
 def test_a_folder_that_holds_something_else_is_not_written_into(tmp_path):
     path = write_parquet(tmp_path / "rows.parquet", many_rows(5))
     (tmp_path / "out").mkdir()

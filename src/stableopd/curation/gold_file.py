@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stableopd.curation.cards import Card, quantiles, read_card, write_card
+from stableopd.curation.cards import Card, check_outputs, quantiles, read_card, write_card
 from stableopd.curation.journal import Journal, check_same_settings
 from stableopd.curation.parts import written
 from stableopd.curation.sampling import Sample, golden, samples_of
@@ -70,7 +70,7 @@ class GoldFile:
     def finished(self) -> dict[str, Any] | None:
         """The card of a file that is complete; None when there is something to do.
 
-        Raises: RunFolderError when another file has this name, or it was made with other settings.
+        Raises: RunFolderError when another file has this name, it was made with other settings, or is damaged.
         """
         if not self.card_path.exists():
             if self.path.exists() and not self._work.is_dir():
@@ -81,6 +81,7 @@ class GoldFile:
         card = read_card(self.card_path)
         stored = {**card["settings"], **{key: card["source"].get(key) for key in self.identity}}
         check_same_settings(self.path, stored, self._must_match)
+        check_outputs(card, self.path.parent, remove=f"{self.card_path} and {self.path}, if it is there,")
         if self._work.is_dir():  # killed between the card and the end
             self.journal().remove()
         return card

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stableopd.curation.cards import read_card, write_card
+from stableopd.curation.cards import check_outputs, read_card, write_card
 from stableopd.curation.journal import Journal, check_same_settings
 from stableopd.curation.openr1 import KEPT, Recipe, Tally, card_of, select, tokenizer_digest
 from stableopd.curation.sources import Source
@@ -86,7 +86,7 @@ def make_parts(
     Raises: RunFolderError when `out` holds something else; DataError for rows that cannot be used, or if none has gold.
 
     Holds: stopped at any instant and called again, it goes on and writes the same bytes as if it had not been stopped.
-        A folder that is complete is left as it is.
+        A folder that is complete is left as it is, or refused when its files are not those of the card any more.
     """
     identity = {**source.identity(), "tokenizer_sha256": tokenizer_digest(tokenizer)}
     finished = _finished(out, recipe, identity)
@@ -114,6 +114,7 @@ def _finished(out: Path, recipe: Recipe, identity: Mapping[str, Any]) -> dict[st
     card = read_card(out / CARD)
     stored = {**card["settings"], **{key: card["source"].get(key) for key in identity}}
     check_same_settings(out, stored, json.loads(json.dumps({**recipe.to_json(), **identity})))
+    check_outputs(card, out, remove=f"the folder {out}")
     if (out / WORK).exists():
         Journal(out / WORK, {**recipe.to_json(), **identity}).remove()
     return card
