@@ -53,7 +53,7 @@ def read_rows(path: str, split: str | None = None, *, setting: str = "data.path"
     is_local = local.exists() or looks_local(path)
     if is_local and not local.exists():
         raise DataError(f"{setting}: {path} does not exist (relative paths start at {Path.cwd()})")
-    rows = Rows(_read_local(local, split) if is_local else _read_hub(path, split))
+    rows = Rows(_read_local(local, split, setting) if is_local else _read_hub(path, split))
     if not rows:
         raise DataError(f"{path} holds no rows. Give a dataset with at least one prompt")
     return rows
@@ -64,13 +64,13 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or bool(re.search(r"\\|\.[A-Za-z]\w*$", path))
 
 
-def _read_local(path: Path, split: str | None) -> Iterator[tuple[Place, Row]]:
+def _read_local(path: Path, split: str | None, setting: str) -> Iterator[tuple[Place, Row]]:
     if path.is_file():
         yield from _read_file(path)
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         yield from _placed(_one_split(_datasets().load_from_disk(str(path)), str(path), split), str(path))
     else:
-        for file in files_of(path, split):
+        for file in files_of(path, split, setting=setting):
             yield from _read_file(file)
 
 

@@ -146,7 +146,7 @@ def test_a_finished_file_is_left_alone_and_others_are_not_overwritten(settings, 
     with pytest.raises(RunFolderError, match=r"gold.jsonl is not as it was written .*remove .*gold.card.json and"):
         make(settings(), out)
     out.unlink()
-    with pytest.raises(RunFolderError, match="gold.jsonl is gone"):
+    with pytest.raises(RunFolderError, match=r"gold.jsonl is gone"):
         make(settings(), out)
     (tmp_path / "gold.card.json").unlink()
     assert make(settings(), out) == card
@@ -183,7 +183,9 @@ def test_columns_of_parquet_that_json_lacks_are_written_in_its_forms(settings, d
         }  # fmt: skip
 
 
-@pytest.mark.parametrize(("value", "held"), [(b"png", "bytes"), ({"deep": [b"png"]}, "bytes"), (timedelta(1), "a timed")])
+@pytest.mark.parametrize(
+    ("value", "held"), [(b"png", "bytes"), ({"deep": [b"png"]}, "bytes"), (timedelta(1), "a timed")]
+)
 def test_a_column_that_cannot_be_written_is_named_before_anything_is_drawn(settings, tmp_path, value, held):
     rows = [{"prompt": "1234:", "answer": "7", "image": value}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
@@ -193,7 +195,8 @@ def test_a_column_that_cannot_be_written_is_named_before_anything_is_drawn(setti
 
 @pytest.mark.parametrize("answer", ["null", '" "', "NaN", "Infinity", '["7"]', '{"value": 7}'])
 def test_a_row_without_an_answer_to_compare_with_is_refused(settings, tmp_path, answer):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "1234:", "answer": "7"}\n{"prompt": "1234:", "answer": %s}' % answer)
+    rows = [f'{{"prompt": "1234:", "answer": {one}}}\n' for one in ("7", answer)]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
     with pytest.raises(DataError, match="line 2: no answer in the column 'answer'"):
         make(settings(f"data.path={tmp_path / 'rows.jsonl'}"), tmp_path / "gold.jsonl")
 

@@ -174,7 +174,7 @@ def test_a_verdict_is_read_as_what_it_says(verdict, read):
 
 @pytest.mark.parametrize("verdict", ["no", "", "0", 2, -1, float("nan"), [], [True], {}, pa.scalar("yes")])
 def test_what_is_no_verdict_is_refused(verdict):
-    with pytest.raises(DataError, match="here says .*no verdict"):
+    with pytest.raises(DataError, match=r"here says .*no verdict"):
         verdict_of(verdict, "here")
 
 
@@ -278,7 +278,7 @@ def test_a_damaged_card_is_told(tmp_path, text):
     path = write_parquet(tmp_path / "rows.parquet", many_rows(5))
     make(path, tmp_path / "out")
     (tmp_path / "out" / "card.json").write_text(text)
-    with pytest.raises(RunFolderError, match="card.json is not a data card, or is damaged"):
+    with pytest.raises(RunFolderError, match=r"card.json is not a data card, or is damaged"):
         make(path, tmp_path / "out")
 
 
@@ -354,7 +354,10 @@ def test_the_limit_reads_no_further(tmp_path):
         ([{**row("p", "1"), "generations": "1"}], "line 1: 'generations' is a string"),
         ([row("p", "1"), row("q", "1", complete=[True, False])], "line 2: 'is_reasoning_complete' has 2 entries for 1"),
         ([{"prompt": "p", "generations": []}], "lacks the columns 'problem', 'correctness_math_verify'"),
-        ([row("p", "1"), row("q", "1", right=["no"])], "line 2: 'correctness_math_verify' says 'no', which is no verdict"),
+        (
+            [row("p", "1"), row("q", "1", right=["no"])],
+            "line 2: 'correctness_math_verify' says 'no', which is no verdict",
+        ),
         ([row("p", "1", complete=["unknown"])], "line 1: 'is_reasoning_complete' says 'unknown'"),
         ([row("p", "1", right=[False])], "not one prompt has a golden solution.*wrong 1"),
     ],

@@ -69,7 +69,9 @@ def check_outputs(card: Mapping[str, Any], folder: Path, *, remove: str) -> None
         if not path.is_file():
             told = "is gone"
         elif sha256_of(path) != made["sha256"]:
-            told = f"is not as it was written ({made['rows']:,} lines then, {_num_lines(path):,} now; the digest differs)"
+            told = (
+                f"is not as it was written ({made['rows']:,} lines then, {_num_lines(path):,} now; the digest differs)"
+            )
         else:
             continue
         raise RunFolderError(f"{path} {told}. To make it again remove {remove}, or choose another --out")

@@ -87,6 +87,7 @@ def prepare_gold(config: StableOPDConfig, rejection: Rejection, out: Path, *, go
 
     Raises: ConfigError, ModelError, DataError for what cannot be used; RunFolderError when `out` is something else.
     """
+    GoldFile.check_free(out)
     teacher_config = _teacher(config)
     judge = TimedJudge(config.evaluation.judge, setting="evaluation.judge")
     judge.start()
@@ -123,11 +124,11 @@ def prepare_gold(config: StableOPDConfig, rejection: Rejection, out: Path, *, go
 
 def _teacher(config: StableOPDConfig) -> TeacherConfig:
     if config.teachers:
-        raise ConfigError("teachers: gold comes from one teacher; name it with --teacher")
+        raise ConfigError("teachers: gold comes from one teacher. Name it with --teacher, which replaces them")
     if config.teacher.is_remote:
         raise ConfigError(
-            "teacher.server_url: a server scores; gold is drawn with a teacher that is loaded here. Give "
-            "teacher.model_name_or_path alone, or --teacher"
+            "teacher.server_url: a server scores; gold is drawn with a teacher that is loaded here. Name it with "
+            "--teacher, which replaces the server"
         )
     return config.teacher
 
@@ -174,8 +175,13 @@ def _check_room(model: nn.Module, prompts: Prompts, sampling: Sampling) -> None:
     if context is not None and longest + sampling.max_new_tokens > context:
         raise DataError(
             f"the longest prompt has {longest} tokens and completions may have {sampling.max_new_tokens}, more than "
-            f"the teacher's context of {context}. Lower --max-completion-length to {context - longest} at most, or "
-            "remove long prompts"
+            f"the teacher's context of {context}. "
+            + (
+                f"Lower --max-completion-length to {context - longest} at most, or remove"
+                if context > longest
+                else "Remove"
+            )
+            + " long prompts"
         )
 
 

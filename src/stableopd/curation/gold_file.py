@@ -13,7 +13,7 @@ from typing import Any
 
 from stableopd.curation.cards import Card, check_outputs, quantiles, read_card, write_card
 from stableopd.curation.journal import Journal, check_same_settings
-from stableopd.curation.parts import written
+from stableopd.curation.parts import check_place, written
 from stableopd.curation.sampling import Sample, golden, samples_of
 from stableopd.errors import DataError, RunFolderError
 from stableopd.lines import json_line
@@ -51,18 +51,29 @@ class GoldFile:
     """Digests of teacher and data."""
     gold_column: str
 
-    @cached_property
+    @property
     def card_path(self) -> Path:
-        return self.path.with_suffix(".card.json")
+        return _card_of(self.path)
 
-    @cached_property
+    @property
     def _work(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.work")
+        return _work_of(self.path)
 
     @cached_property
     def _must_match(self) -> dict[str, Any]:
         matching: dict[str, Any] = json.loads(json.dumps({**self.settings, **self.identity}))
         return matching
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Whether the file can be made, or is made already. Raises: RunFolderError when something is in the way."""
+        if not path.name or path.is_dir():
+            raise RunFolderError(f"{path} is a folder; --out names the file to write. Choose another --out")
+        if _card_of(path).exists():
+            return
+        if path.exists() and not _work_of(path).is_dir():
+            raise RunFolderError(f"{path} is there already and is not overwritten. Choose another --out")
+        check_place(path.parent, "--out")
 
     def journal(self) -> Journal:
         return Journal(self._work, self._must_match)
@@ -72,11 +83,8 @@ class GoldFile:
 
         Raises: RunFolderError when another file has this name, it was made with other settings, or is damaged.
         """
+        self.check_free(self.path)
         if not self.card_path.exists():
-            if self.path.exists() and not self._work.is_dir():
-                raise RunFolderError(f"{self.path} is there already and is not overwritten. Choose another --out")
-            if not self.path.parent.is_dir():
-                raise RunFolderError(f"the folder {self.path.parent} does not exist. Make it, or choose another --out")
             return None
         card = read_card(self.card_path)
         stored = {**card["settings"], **{key: card["source"].get(key) for key in self.identity}}
@@ -122,6 +130,14 @@ class GoldFile:
             outputs=outputs,
             notes=("Lengths count the end token. Prompts without gold are left out of the file.",),
         )
+
+
+def _card_of(path: Path) -> Path:
+    return path.with_suffix(".card.json")
+
+
+def _work_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.work")
 
 
 def _tally(journal: Journal) -> tuple[Counter[str], Counter[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -69,6 +70,26 @@ def written(*paths: Path) -> Iterator[list[Digested]]:
         file.finish()
 
 
+def check_place(folder: Path, option: str) -> None:
+    """Whether files can be made in a folder, found out by making one. Raises: RunFolderError saying what is in the way.
+
+    Args: `option` is what names the place on the command line.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except NotADirectoryError as error:
+        cause, told = error, f"{folder} is a file, or lies in one, and not a folder. Choose"
+    except OSError as error:
+        cause, told = (
+            error,
+            f"the folder {folder} cannot be written into ({error.strerror or error}). Allow it, or choose",
+        )
+        if isinstance(error, FileNotFoundError) and not folder.exists():
+            told = f"the folder {folder} does not exist. Make it, or choose"
+    raise RunFolderError(f"{told} another {option}") from cause
+
+
 def make_parts(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
@@ -122,9 +143,11 @@ def _finished(out: Path, recipe: Recipe, identity: Mapping[str, Any]) -> dict[st
 
 def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
-        raise RunFolderError(f"{out} is a file; --out must be a folder")
+        raise RunFolderError(f"{out} is a file; --out must be a folder. Choose another --out")
     if out.is_dir() and any(out.iterdir()) and not (out / WORK).is_dir():
         raise RunFolderError(f"{out} already holds something else, which is not overwritten. Choose another --out")
+    above = next((folder for folder in (out, *out.parents) if folder.exists()), out)
+    check_place(above, "--out")
 
 
 def _nothing_kept(tally: Tally) -> str:

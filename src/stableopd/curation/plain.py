@@ -29,8 +29,8 @@ def verdict_of(value: Any, where: str) -> bool | None:
         return None
     if isinstance(plain, str | list | dict) or plain not in (0, 1):
         raise DataError(
-            f"{where} says {plain!r:.80}, which is no verdict. Write true or false (or 1 or 0), or null where nothing is "
-            "known; or remove the row"
+            f"{where} says {plain!r:.80}, which is no verdict. Write true or false (or 1 or 0), or null where nothing "
+            "is known; or remove the row"
         )
     return bool(plain)
 
