@@ -112,7 +112,7 @@ LAYERS = (
     {"doctor.examination", "doctor.view"},
     {"assembly"},
     {"trainer"},
-    {"toy", "toy.task", "toy.tokenizer", "toy.models", "toy.build", "toy.demo", "toy.pieces"}
+    {"toy", "toy.task", "toy.tokenizer", "toy.models", "toy.build", "toy.demo", "toy.making", "toy.pieces"}
     | {"toy.habits", "toy.learning", "words", "words.problems", "words.traces", "words.tokenizer", "words.judging"}
     | {"words.settings", "words.build", "words.pieces", "words.runs"},
     {"study", "study.jobs", "study.outcome"},
