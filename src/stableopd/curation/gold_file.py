@@ -89,7 +89,7 @@ class GoldFile:
         card = read_card(self.card_path)
         stored = {**card["settings"], **{key: card["source"].get(key) for key in self.identity}}
         check_same_settings(self.path, stored, self._must_match)
-        check_outputs(card, self.path.parent, remove=f"{self.card_path} and {self.path}, if it is there,")
+        check_outputs(card, self.path.parent, remove=f"{self.card_path} and what is left of {self.path}")
         if self._work.is_dir():  # killed between the card and the end
             self.journal().remove()
         return card

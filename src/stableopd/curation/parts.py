@@ -78,16 +78,14 @@ def check_place(folder: Path, option: str) -> None:
     try:
         with tempfile.TemporaryFile(dir=folder):
             return
-    except NotADirectoryError as error:
-        cause, told = error, f"{folder} is a file, or lies in one, and not a folder. Choose"
     except OSError as error:
-        cause, told = (
-            error,
-            f"the folder {folder} cannot be written into ({error.strerror or error}). Allow it, or choose",
-        )
-        if isinstance(error, FileNotFoundError) and not folder.exists():
+        if isinstance(error, NotADirectoryError):
+            told = f"{folder} is a file, or lies in one, and not a folder. Choose"
+        elif isinstance(error, FileNotFoundError) and not folder.exists():
             told = f"the folder {folder} does not exist. Make it, or choose"
-    raise RunFolderError(f"{told} another {option}") from cause
+        else:
+            told = f"the folder {folder} cannot be written into ({error.strerror or error}). Allow it, or choose"
+        raise RunFolderError(f"{told} another {option}") from error
 
 
 def make_parts(
