@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import platform
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,12 +27,50 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def made_whole(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which becomes `folder` when all went well: a folder that is there is whole."""
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    yield aside
-    aside.rename(folder)
+    """An empty folder to fill, which becomes `folder` when all went well: a folder that is there is whole.
+
+    Each process fills one of its own. If another was faster, its folder is kept. What killed ones left is removed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    aside = folder.with_name(f".{folder.name}.{_machine()}-{os.getpid()}.tmp")
+    aside.mkdir()
+    try:
+        yield aside
+        try:
+            aside.rename(folder)
+        except OSError:  # a folder of that name that is not empty
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what processes of this machine that live no more had begun; others' may be under way."""
+    begun = re.compile(rf"\.{re.escape(folder.name)}\.{_machine()}-(\d+)\.tmp")
+    for path in list(folder.parent.iterdir()):
+        found = begun.fullmatch(path.name)
+        if found and not _lives(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether a process of this machine is running. This one has begun nothing yet."""
+    if process == os.getpid():
+        return False
+    if os.name != "posix":  # there is no harmless way to ask
+        return True
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
+    return True
+
+
+def _machine() -> str:
+    """Eight digits that tell machines with a common file system apart, whose process numbers mean nothing here."""
+    return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -53,7 +53,7 @@ def read_rows(path: str, split: str | None = None, *, setting: str = "data.path"
     is_local = local.exists() or looks_local(path)
     if is_local and not local.exists():
         raise DataError(f"{setting}: {path} does not exist (relative paths start at {Path.cwd()})")
-    rows = Rows(_read_local(local, split) if is_local else _read_hub(path, split))
+    rows = Rows(_read_local(local, split, setting) if is_local else _read_hub(path, split))
     if not rows:
         raise DataError(f"{path} holds no rows. Give a dataset with at least one prompt")
     return rows
@@ -64,22 +64,22 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or bool(re.search(r"\\|\.[A-Za-z]\w*$", path))
 
 
-def _read_local(path: Path, split: str | None) -> Iterator[tuple[Place, Row]]:
+def _read_local(path: Path, split: str | None, setting: str) -> Iterator[tuple[Place, Row]]:
     if path.is_file():
         yield from _read_file(path)
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         yield from _placed(_one_split(_datasets().load_from_disk(str(path)), str(path), split), str(path))
     else:
-        for file in files_of(path, split):
+        for file in files_of(path, split, setting=setting):
             yield from _read_file(file)
 
 
-def files_of(folder: Path, split: str | None) -> list[Path]:
+def files_of(folder: Path, split: str | None, *, setting: str = "data.path") -> list[Path]:
     """Files of rows in a folder and below, by name. Raises: DataError when there are none, or none of the split."""
     visible = (file for file in folder.rglob("*") if not re.search(r"(^|/)\.", file.relative_to(folder).as_posix()))
     files = sorted(file for file in visible if file.suffix in _READERS and file.is_file())
     if not files:
-        raise DataError(f"the folder {folder} holds no {_suffixes()} file. Put the data there or correct data.path")
+        raise DataError(f"the folder {folder} holds no {_suffixes()} file. Put the data there or correct {setting}")
     chosen = [file for file in files if split is None or re.match(rf"{re.escape(split)}(?!\w)", file.name)]
     if not chosen:
         names = ", ".join(file.name for file in files[:10])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -130,6 +131,70 @@ def test_decontaminated_prompts_have_nothing_of_the_benchmark(invoke, tmp_path):
     assert "removed 1" in done.stdout
 
 
+PROC = pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no folder that even root cannot write to")
+
+
+@pytest.mark.parametrize("command", ["openr1", "gold", "decontaminate"])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("file.jsonl/out.jsonl", "file.jsonl is a file, or lies in one, and not a folder. Choose another"),
+        ("missing/out.jsonl", "the folder missing does not exist. Make it, or choose another"),
+        pytest.param("/proc/out.jsonl", "the folder /proc cannot be written into", marks=PROC),
+        ("file.jsonl", "file.jsonl is "),
+        (".", ""),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_with_what_to_do(
+    invoke, source, checkpoints, tmp_path, monkeypatch, command, place, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.jsonl").write_text('{"prompt": "1234:", "answer": "7"}\n')
+    arguments = {
+        "openr1": ("--source", source, "--tokenizer", checkpoints / "student", "--limit", 3, "--out", place),
+        "gold": ("--teacher", checkpoints / "teacher", "--data", "file.jsonl", "--judge", "exact", "--out", place),
+        "decontaminate": ("file.jsonl", "--against", "file.jsonl", "-o", place),
+    }
+    result = invoke(command, *arguments[command])
+    if (command, place) == ("openr1", "missing/out.jsonl"):  # a folder, which is made with those above it
+        assert result.returncode == 0, result.stderr
+        return
+    assert result.returncode == 2
+    assert message in " ".join(result.stderr.split())
+    assert re.search(r"another (--out|-o)|Rename -o", result.stderr)
+    assert "Errno" not in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told", "never"),
+    [
+        (("openr1", "--source", "empty", "--tokenizer", "T", "--out", "o"), "correct --source", "data.path"),
+        (("openr1", "--source", "a.jsonl", "--tokenizer", "./T", "--out", "o"), "--tokenizer: there is no", "student."),
+        (("decontaminate", "a.jsonl", "--against", "./empty", "-o", "b.jsonl"), "the benchmark", "data.path"),
+        (("decontaminate", "a.jsonl", "--against", "a.jsonl", "-o", "b.jsonl"), "Rename the column", "--answer-column"),
+        (("gold", "several.yaml", "--out", "o.jsonl"), "--teacher, which replaces", "alone"),
+        (("gold", "several.yaml", "--out", "o.jsonl", "--teacher", "./T"), "there is no folder './T'", "both given"),
+        (("gold", "served.yaml", "--out", "o.jsonl"), "--teacher, which replaces", "alone"),
+        (("gold", "served.yaml", "--out", "o.jsonl", "--teacher", "./T"), "there is no folder './T'", "a server"),
+    ],
+)
+def test_messages_name_options_that_the_command_has(invoke, checkpoints, tmp_path, monkeypatch, arguments, told, never):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.jsonl").write_text('{"prompt": "1234:"}\n')
+    common = "method: opd\nstudent: {model_name_or_path: S}\n"
+    several = "teachers: {a: {model_name_or_path: A}, b: {model_name_or_path: B}}\ndata: {teacher_column: t}\n"
+    (tmp_path / "several.yaml").write_text(common + several)
+    (tmp_path / "served.yaml").write_text(f"{common}teacher: {{server_url: 'http://127.0.0.1:9'}}\n")
+    result = invoke(*(checkpoints / "student" if one == "T" else one for one in arguments))
+    assert result.returncode == 2
+    message = " ".join(result.stderr.split())
+    assert told in message
+    assert never not in message
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -137,6 +202,7 @@ def test_decontaminated_prompts_have_nothing_of_the_benchmark(invoke, tmp_path):
         (("openr1", "--cold-start-fraction", 0.5, "--num-cold-start", 3), "give one of them"),
         (("gold", "--data", "nothing.jsonl", "--teacher", "./nowhere"), "there is no folder './nowhere'"),
         (("gold", "--teacher", "T", "rollout.temprature=1"), "temperature"),
+        (("gold", "--teacher", "T", "--data", "d.jsonl", "--temperature", 0), "--temperature is 0, at which all"),
         (("decontaminate", "missing.jsonl", "--against", "missing.jsonl"), "missing.jsonl"),
         (("decontaminate", "a.jsonl", "--against", "a.jsonl", "--min-ngram", 14), "--min-ngram is 14"),
     ],

@@ -88,6 +88,8 @@ def test_a_habit_makes_another_teacher(pair, tmp_path):
     main(["teacher", str(tmp_path / "standard"), "--preset", "quick", "--seed", "1"])
     weights = {path: (path / "model.safetensors").read_bytes() for path in (pair / "teacher", *tmp_path.iterdir())}
     assert weights[tmp_path / "standard"] == weights[pair / "teacher"] != weights[tmp_path / "clean"]
+    tokenizers = {(path / "tokenizer.json").read_text() for path in (pair / "student", *tmp_path.iterdir())}
+    assert len(tokenizers) == 1  # a student can be taught by either
 
 
 @pytest.mark.parametrize("train", [train_teacher, train_student])

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from openr1_rows import contents, killed_until_done
 
+from openr1_rows import contents, killed_until_done
 from stableopd.config_files import config_of
 from stableopd.curation.gold import prepare_gold
 from stableopd.curation.journal import Journal
@@ -137,6 +142,15 @@ def test_a_finished_file_is_left_alone_and_others_are_not_overwritten(settings, 
     with pytest.raises(RunFolderError, match="not overwritten"):
         make(settings(), tmp_path / "mine.jsonl")
     assert out.read_bytes() == before
+    out.write_bytes(before[:-20])
+    with pytest.raises(RunFolderError, match=r"gold.jsonl is not as it was written .*remove .*gold.card.json and"):
+        make(settings(), out)
+    out.unlink()
+    with pytest.raises(RunFolderError, match=r"gold.jsonl is gone"):
+        make(settings(), out)
+    (tmp_path / "gold.card.json").unlink()
+    assert make(settings(), out) == card
+    assert out.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -152,6 +166,39 @@ def test_a_finished_file_is_left_alone_and_others_are_not_overwritten(settings, 
 def test_what_cannot_be_used_is_named(settings, tmp_path, overrides, error, message):
     with pytest.raises(error, match=message):
         make(settings(*overrides), tmp_path / "gold.jsonl")
+
+
+def test_columns_of_parquet_that_json_lacks_are_written_in_its_forms(settings, dataset, tmp_path):
+    rows = [json.loads(line) for line in (dataset / "train.jsonl").read_text().splitlines()[:12]]
+    odd = {
+        "when": datetime(2026, 3, 1, 12, 30, tzinfo=UTC), "day": date(2026, 3, 1), "at": time(7, 5),
+        "price": Decimal("1.50"), "inner": {"days": [date(2026, 3, 2), None], "score": [math.nan, 0.5]},
+    }  # fmt: skip
+    pq.write_table(pa.Table.from_pylist([{**row, **odd} for row in rows]), tmp_path / "rows.parquet")
+    make(settings(f"data.path={tmp_path / 'rows.parquet'}"), tmp_path / "gold.jsonl")
+    for row in lines(tmp_path / "gold.jsonl"):
+        assert {name: row[name] for name in odd} == {
+            "when": "2026-03-01T12:30:00+00:00", "day": "2026-03-01", "at": "07:05:00",
+            "price": "1.50", "inner": {"days": ["2026-03-02", None], "score": [None, 0.5]},
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "held"), [(b"png", "bytes"), ({"deep": [b"png"]}, "bytes"), (timedelta(1), "a timed")]
+)
+def test_a_column_that_cannot_be_written_is_named_before_anything_is_drawn(settings, tmp_path, value, held):
+    rows = [{"prompt": "1234:", "answer": "7", "image": value}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=f"row 1: the column 'image' holds {held}"):
+        prepare_gold(settings(f"data.path={tmp_path / 'rows.parquet'}"), SMALL, tmp_path / "gold.jsonl")
+
+
+@pytest.mark.parametrize("answer", ["null", '" "', "NaN", "Infinity", '["7"]', '{"value": 7}'])
+def test_a_row_without_an_answer_to_compare_with_is_refused(settings, tmp_path, answer):
+    rows = [f'{{"prompt": "1234:", "answer": {one}}}\n' for one in ("7", answer)]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    with pytest.raises(DataError, match="line 2: no answer in the column 'answer'"):
+        make(settings(f"data.path={tmp_path / 'rows.jsonl'}"), tmp_path / "gold.jsonl")
 
 
 def test_a_teacher_that_is_never_right_writes_nothing(settings, tmp_path):

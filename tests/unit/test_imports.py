@@ -103,7 +103,7 @@ LAYERS = (
     {"benchmarking.subject", "benchmarking.view"},
     {"benchmarking.running"},
     {"teaching", "engines", "heldout"},
-    {"curation", "curation.splitting", "curation.cards", "curation.overlap"},
+    {"curation", "curation.splitting", "curation.cards", "curation.overlap", "curation.plain"},
     {"curation.journal", "curation.sources", "curation.screening"},
     {"curation.sampling", "curation.openr1", "curation.parts", "curation.gold_file", "curation.gold"},
     {"curation.decontaminate"},
@@ -115,7 +115,7 @@ LAYERS = (
     {"doctor.examination", "doctor.view"},
     {"assembly"},
     {"trainer"},
-    {"toy", "toy.task", "toy.tokenizer", "toy.models", "toy.build", "toy.demo", "toy.pieces"}
+    {"toy", "toy.task", "toy.tokenizer", "toy.models", "toy.build", "toy.demo", "toy.making", "toy.pieces"}
     | {"toy.habits", "toy.learning", "words", "words.problems", "words.traces", "words.tokenizer", "words.judging"}
     | {"words.settings", "words.build", "words.pieces", "words.runs"},
     {"study", "study.jobs", "study.outcome", "study.layers"},

@@ -7,9 +7,12 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from openr1_rows import (
     ascii_tokenizer,
     contents,
@@ -19,10 +22,10 @@ from openr1_rows import (
     rows_of_each_kind,
     write_parquet,
 )
-
 from stableopd.curation.cards import quantiles
 from stableopd.curation.openr1 import COLUMNS, Recipe
 from stableopd.curation.parts import make_parts
+from stableopd.curation.plain import verdict_of
 from stableopd.curation.screening import Screening, chosen
 from stableopd.curation.sources import HubSource, open_source
 from stableopd.curation.splitting import draw, prompt_key, threshold_of_fraction
@@ -139,6 +142,42 @@ def test_a_generation_of_just_the_longest_length_stays(tmp_path):
     assert [one["gold"] for one in written_rows(tmp_path / "out")] == ["12345"]
 
 
+NO_ANSWERS = [None, " ", float("nan"), float("inf"), [], ["7"], {"value": 7}]
+
+
+def test_what_is_no_answer_is_not_written_as_one(tmp_path):
+    rows = [{**row(f"p{n}", "1"), "answer": answer} for n, answer in enumerate([*NO_ANSWERS, 7, 0.5, "x"])]
+    card = make(write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out", replace(SMALL, num_cold_start=10))
+    answers = {one["problem"]: one["answer"] for one in written_rows(tmp_path / "out", "cold_start", "heldout")}
+    assert [answers[f"p{n}"] for n in range(10)] == [None] * 7 + ["7", "0.5", "x"]
+    assert card["counts"]["Answers of kept rows"] == {"with": 3, "without": 7}
+
+
+def test_what_is_no_answer_is_not_compared_with(tmp_path):
+    rows = [{**row(f"p{n}", "nan"), "answer": answer} for n, answer in enumerate([*NO_ANSWERS, "nan"])]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    card = make(path, tmp_path / "out", replace(SMALL, judge="math"), lambda text, answer: True)
+    assert card["counts"]["Rows"]["no_answer"] == len(NO_ANSWERS)
+    assert [one["answer"] for one in written_rows(tmp_path / "out")] == ["nan"]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "read"),
+    [
+        (True, True), (0, False), (1.0, True), ("True", True), (" FALSE ", False), (None, None),
+        (np.True_, True), (np.int8(0), False), (pa.scalar(False), False), (pa.scalar(None, pa.bool_()), None),
+    ],
+)  # fmt: skip
+def test_a_verdict_is_read_as_what_it_says(verdict, read):
+    assert verdict_of(verdict, "here") is read
+
+
+@pytest.mark.parametrize("verdict", ["no", "", "0", 2, -1, float("nan"), [], [True], {}, pa.scalar("yes")])
+def test_what_is_no_verdict_is_refused(verdict):
+    with pytest.raises(DataError, match=r"here says .*no verdict"):
+        verdict_of(verdict, "here")
+
+
 # ------------------------------------------------------------------------------------ the split
 
 
@@ -218,6 +257,31 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(tmp_path
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-30]), r"is not as it was written \(\d+ lines then, \d+ now"),
+        (lambda path: path.write_text(path.read_text().replace("Think", "Drink")), "is not as it was written"),
+        (lambda path: path.unlink(), "is gone"),
+    ],
+)
+def test_a_finished_folder_that_was_damaged_is_not_vouched_for(tmp_path, damage, message):
+    path = write_parquet(tmp_path / "rows.parquet", many_rows(40))
+    make(path, tmp_path / "out")
+    damage(tmp_path / "out" / "opd.jsonl")
+    with pytest.raises(RunFolderError, match=rf"opd.jsonl {message}.*remove the folder .*out, or choose another --out"):
+        make(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"settings": {}, "source": {}, "outputs": {}}'])
+def test_a_damaged_card_is_told(tmp_path, text):
+    path = write_parquet(tmp_path / "rows.parquet", many_rows(5))
+    make(path, tmp_path / "out")
+    (tmp_path / "out" / "card.json").write_text(text)
+    with pytest.raises(RunFolderError, match=r"card.json is not a data card, or is damaged"):
+        make(path, tmp_path / "out")
+
+
 def test_a_folder_that_holds_something_else_is_not_written_into(tmp_path):
     path = write_parquet(tmp_path / "rows.parquet", many_rows(5))
     (tmp_path / "out").mkdir()
@@ -237,6 +301,19 @@ def test_jsonl_parquet_and_several_files_give_the_same_rows(tmp_path):
         make(path, tmp_path / f"out-{name}")
     whole = written_rows(tmp_path / "out-one")
     assert whole == written_rows(tmp_path / "out-lines") == written_rows(tmp_path / "out-both")
+
+
+def test_files_called_alike_in_several_folders_are_told_apart(tmp_path):
+    rows = many_rows(30)
+    for folder, part in (("a", rows[:10]), ("b", rows[10:])):
+        (tmp_path / "source" / folder).mkdir(parents=True)
+        write_parquet(tmp_path / "source" / folder / "train.parquet", part)
+    card = make(tmp_path / "source", tmp_path / "out")
+    assert card["source"]["files"] == 2
+    assert card["source"]["names"] == "a/train.parquet, b/train.parquet"
+    write_parquet(tmp_path / "source" / "a" / "train.parquet", rows[:9])
+    with pytest.raises(RunFolderError, match="sha256"):
+        make(tmp_path / "source", tmp_path / "out")
 
 
 @pytest.mark.parametrize("start", [0, 4, 5, 13, 20, 25, 31])
@@ -277,6 +354,11 @@ def test_the_limit_reads_no_further(tmp_path):
         ([{**row("p", "1"), "generations": "1"}], "line 1: 'generations' is a string"),
         ([row("p", "1"), row("q", "1", complete=[True, False])], "line 2: 'is_reasoning_complete' has 2 entries for 1"),
         ([{"prompt": "p", "generations": []}], "lacks the columns 'problem', 'correctness_math_verify'"),
+        (
+            [row("p", "1"), row("q", "1", right=["no"])],
+            "line 2: 'correctness_math_verify' says 'no', which is no verdict",
+        ),
+        ([row("p", "1", complete=["unknown"])], "line 1: 'is_reasoning_complete' says 'unknown'"),
         ([row("p", "1", right=[False])], "not one prompt has a golden solution.*wrong 1"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -107,7 +107,8 @@ def openr1(
         limit=limit,
     )
     console = Console(soft_wrap=True)
-    with spinner(console, "opening source and tokenizer"):
+    renamed = {"student.model_name_or_path": "--tokenizer"}
+    with spinner(console, "opening source and tokenizer"), _options_named(renamed):
         counter = load_tokenizer(ModelConfig(model_name_or_path=tokenizer), "student")
         rows = open_source(source, columns=COLUMNS)
         total = rows.num_rows()
@@ -159,6 +160,7 @@ def gold(
     from stableopd.console import quiet_libraries, spinner
     from stableopd.curation.gold import prepare_gold
     from stableopd.curation.sampling import Rejection
+    from stableopd.errors import ConfigError
 
     given = list(overrides or [])
     path = config
@@ -166,6 +168,13 @@ def gold(
         path, given = None, [config, *given]
     if path is None and judge is None:
         judge = "math"
+    if temperature == 0:
+        raise ConfigError(
+            "--temperature is 0, at which all completions of a prompt are the same, and one that is wrong has no other "
+            "to replace it. Give a temperature above 0, such as 0.6"
+        )
+    if teacher is not None:  # in place of all that the configuration says of whose gold it would be
+        given += ["teachers={}", "teacher.server_url=null", "data.teacher_column=null"]
     for key, value in (
         ("teacher.model_name_or_path", teacher),
         ("data.path", data),
@@ -229,7 +238,9 @@ def decontaminate(
     from stableopd.benchmarking.loading import benchmark_prompts
 
     console = Console(soft_wrap=True)
-    with spinner(console, "reading benchmarks"):
+    renamed = {"data.path": "--against"}
+    renamed |= {f"Name the column with --{what}-column": "Rename the column" for what in ("prompt", "answer")}
+    with spinner(console, "reading benchmarks"), _options_named(renamed):
         benchmarks = {name: benchmark_prompts(name) for name in dict.fromkeys(against)}
         index = OverlapIndex(
             benchmarks, ngram=ngram, min_ngram=min(MIN_NGRAM, ngram) if min_ngram is None else min_ngram
@@ -238,6 +249,20 @@ def decontaminate(
     with _bar(None, "rows") as on_rows:
         card = run(file, output, index, benchmarks=numbers, column=prompt_column, on_rows=on_rows)
     _print_card(console, card, output)
+
+
+@contextmanager
+def _options_named(renamed: Mapping[str, str]) -> Iterator[None]:
+    """Errors of parts that other commands use, too, tell this command's options in place of theirs."""
+    from stableopd.errors import StableOPDError
+
+    try:
+        yield
+    except StableOPDError as error:
+        message = str(error)
+        for theirs, ours in renamed.items():
+            message = message.replace(theirs, ours)
+        raise type(error)(message) from error
 
 
 @contextmanager

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stableopd.errors import RunFolderError
 from stableopd.lines import write_atomically
 
+_NEEDED = ("settings", "source", "counts", "outputs")
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -42,8 +44,42 @@ def write_card(card: Card, json_path: Path, markdown_path: Path) -> dict[str, An
 
 
 def read_card(json_path: Path) -> dict[str, Any]:
-    card: dict[str, Any] = json.loads(json_path.read_text(encoding="utf-8"))
+    """The card. Raises: RunFolderError when the file is none."""
+    try:
+        card = json.loads(json_path.read_text(encoding="utf-8"))
+    except ValueError:
+        card = None
+    if not isinstance(card, dict) or not all(isinstance(card.get(name), dict) for name in _NEEDED):
+        raise RunFolderError(
+            f"{json_path} is not a data card, or is damaged, so nothing vouches for the files beside it. Remove it and "
+            "them, or choose another --out"
+        )
     return card
+
+
+def check_outputs(card: Mapping[str, Any], folder: Path, *, remove: str) -> None:
+    """Whether the files that a card vouches for still are what was written, by their digests.
+
+    Args: `remove` says what is to be removed for the command to make them again.
+
+    Raises: RunFolderError naming the first that is not.
+    """
+    for name, made in card["outputs"].items():
+        path = folder / name
+        if not path.is_file():
+            told = "is gone"
+        elif sha256_of(path) != made["sha256"]:
+            told = (
+                f"is not as it was written ({made['rows']:,} lines then, {_num_lines(path):,} now; the digest differs)"
+            )
+        else:
+            continue
+        raise RunFolderError(f"{path} {told}. To make it again remove {remove}, or choose another --out")
+
+
+def _num_lines(path: Path) -> int:
+    with path.open("rb") as lines:
+        return sum(1 for _ in lines)
 
 
 def markdown(card: Card) -> str:

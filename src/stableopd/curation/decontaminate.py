@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from stableopd.curation.cards import Card, sha256_of, write_card
 from stableopd.curation.overlap import OverlapIndex, Reason
-from stableopd.curation.parts import Digested, written
+from stableopd.curation.parts import Digested, check_place, written
 from stableopd.curation.sources import parquet_file
 from stableopd.errors import DataError, RunFolderError
 from stableopd.reading import kind_of
@@ -42,8 +42,7 @@ class Outputs:
         taken = [path for path in (self.kept, self.removed, self.card, self.markdown) if path.exists()]
         if taken:
             raise RunFolderError(f"{taken[0]} is there already and is not overwritten. Choose another -o")
-        if not self.kept.parent.is_dir():
-            raise RunFolderError(f"the folder {self.kept.parent} does not exist. Make it, or choose another -o")
+        check_place(self.kept.parent, "-o")
 
 
 def decontaminate(

@@ -13,6 +13,7 @@ from torch import nn
 from stableopd.benchmarking.timed import TimedJudge
 from stableopd.config import StableOPDConfig, TeacherConfig
 from stableopd.curation.gold_file import GoldFile, Prompts
+from stableopd.curation.plain import plain_row
 from stableopd.curation.sampling import Rejection, check_answers, sample_gold
 from stableopd.data import load_examples
 from stableopd.errors import ConfigError, DataError
@@ -86,6 +87,7 @@ def prepare_gold(config: StableOPDConfig, rejection: Rejection, out: Path, *, go
 
     Raises: ConfigError, ModelError, DataError for what cannot be used; RunFolderError when `out` is something else.
     """
+    GoldFile.check_free(out)
     teacher_config = _teacher(config)
     judge = TimedJudge(config.evaluation.judge, setting="evaluation.judge")
     judge.start()
@@ -122,11 +124,11 @@ def prepare_gold(config: StableOPDConfig, rejection: Rejection, out: Path, *, go
 
 def _teacher(config: StableOPDConfig) -> TeacherConfig:
     if config.teachers:
-        raise ConfigError("teachers: gold comes from one teacher; name it with --teacher")
+        raise ConfigError("teachers: gold comes from one teacher. Name it with --teacher, which replaces them")
     if config.teacher.is_remote:
         raise ConfigError(
-            "teacher.server_url: a server scores; gold is drawn with a teacher that is loaded here. Give "
-            "teacher.model_name_or_path alone, or --teacher"
+            "teacher.server_url: a server scores; gold is drawn with a teacher that is loaded here. Name it with "
+            "--teacher, which replaces the server"
         )
     return config.teacher
 
@@ -150,7 +152,8 @@ def _prompts(config: StableOPDConfig, tokenizer: PreTrainedTokenizerBase) -> Pro
         max_prompt_tokens=data.max_prompt_length,
         chat_template_kwargs=data.chat_template_kwargs,
     )
-    return Prompts(rows=rows, examples=examples)
+    written = [plain_row(row, place) for row, place in zip(rows, rows.places, strict=True)]  # trouble is told at once
+    return Prompts(rows=written, examples=examples)
 
 
 def _sampling(config: StableOPDConfig) -> Sampling:
@@ -172,8 +175,13 @@ def _check_room(model: nn.Module, prompts: Prompts, sampling: Sampling) -> None:
     if context is not None and longest + sampling.max_new_tokens > context:
         raise DataError(
             f"the longest prompt has {longest} tokens and completions may have {sampling.max_new_tokens}, more than "
-            f"the teacher's context of {context}. Lower --max-completion-length to {context - longest} at most, or "
-            "remove long prompts"
+            f"the teacher's context of {context}. "
+            + (
+                f"Lower --max-completion-length to {context - longest} at most, or remove"
+                if context > longest
+                else "Remove"
+            )
+            + " long prompts"
         )
 
 

@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stableopd.curation.cards import Card, quantiles, read_card, write_card
+from stableopd.curation.cards import Card, check_outputs, quantiles, read_card, write_card
 from stableopd.curation.journal import Journal, check_same_settings
-from stableopd.curation.parts import written
+from stableopd.curation.parts import check_place, written
 from stableopd.curation.sampling import Sample, golden, samples_of
 from stableopd.errors import DataError, RunFolderError
 from stableopd.lines import json_line
@@ -25,7 +25,7 @@ _REASONS = ("fit", "not_text", "truncated", "repetitive", "judge_failed", "wrong
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Rows as they were read, and the same tokenised for the teacher."""
+    """Rows as they are written again, and the same tokenised for the teacher."""
 
     rows: Sequence[Row]
     examples: list[Example]
@@ -34,7 +34,7 @@ class Prompts:
     def sha256(self) -> str:
         digest = hashlib.sha256()
         for row in self.rows:
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+            digest.update(json.dumps(row, sort_keys=True).encode())
         return digest.hexdigest()
 
 
@@ -51,18 +51,29 @@ class GoldFile:
     """Digests of teacher and data."""
     gold_column: str
 
-    @cached_property
+    @property
     def card_path(self) -> Path:
-        return self.path.with_suffix(".card.json")
+        return _card_of(self.path)
 
-    @cached_property
+    @property
     def _work(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.work")
+        return _work_of(self.path)
 
     @cached_property
     def _must_match(self) -> dict[str, Any]:
         matching: dict[str, Any] = json.loads(json.dumps({**self.settings, **self.identity}))
         return matching
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Whether the file can be made, or is made already. Raises: RunFolderError when something is in the way."""
+        if not path.name or path.is_dir():
+            raise RunFolderError(f"{path} is a folder; --out names the file to write. Choose another --out")
+        if _card_of(path).exists():
+            return
+        if path.exists() and not _work_of(path).is_dir():
+            raise RunFolderError(f"{path} is there already and is not overwritten. Choose another --out")
+        check_place(path.parent, "--out")
 
     def journal(self) -> Journal:
         return Journal(self._work, self._must_match)
@@ -70,17 +81,15 @@ class GoldFile:
     def finished(self) -> dict[str, Any] | None:
         """The card of a file that is complete; None when there is something to do.
 
-        Raises: RunFolderError when another file has this name, or it was made with other settings.
+        Raises: RunFolderError when another file has this name, it was made with other settings, or is damaged.
         """
+        self.check_free(self.path)
         if not self.card_path.exists():
-            if self.path.exists() and not self._work.is_dir():
-                raise RunFolderError(f"{self.path} is there already and is not overwritten. Choose another --out")
-            if not self.path.parent.is_dir():
-                raise RunFolderError(f"the folder {self.path.parent} does not exist. Make it, or choose another --out")
             return None
         card = read_card(self.card_path)
         stored = {**card["settings"], **{key: card["source"].get(key) for key in self.identity}}
         check_same_settings(self.path, stored, self._must_match)
+        check_outputs(card, self.path.parent, remove=f"{self.card_path} and what is left of {self.path}")
         if self._work.is_dir():  # killed between the card and the end
             self.journal().remove()
         return card
@@ -121,6 +130,14 @@ class GoldFile:
             outputs=outputs,
             notes=("Lengths count the end token. Prompts without gold are left out of the file.",),
         )
+
+
+def _card_of(path: Path) -> Path:
+    return path.with_suffix(".card.json")
+
+
+def _work_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.work")
 
 
 def _tally(journal: Journal) -> tuple[Counter[str], Counter[int]]:

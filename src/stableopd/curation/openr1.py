@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stableopd.curation.cards import Card, histogram, quantiles
 from stableopd.curation.journal import Journal
+from stableopd.curation.plain import answer_text, plain_row
 from stableopd.curation.screening import (
     DROP_REASONS,
     Choose,
@@ -87,19 +88,21 @@ class Tally:
     """What has been seen so far."""
 
     rows: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+    """Rows that are kept, with and without one."""
     generations: Counter[str] = field(default_factory=Counter)
     lengths: dict[str, Counter[int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Tally:
+        counts = {name: Counter(state.get(name, {})) for name in ("rows", "answers", "generations")}
         lengths = {name: histogram(counts) for name, counts in state.get("lengths", {}).items()}
-        return cls(
-            rows=Counter(state.get("rows", {})), generations=Counter(state.get("generations", {})), lengths=lengths
-        )
+        return cls(**counts, lengths=lengths)
 
     def to_json(self) -> dict[str, Any]:
         lengths = {name: dict(counts) for name, counts in self.lengths.items()}
-        return {"rows": dict(self.rows), "generations": dict(self.generations), "lengths": lengths}
+        counts = {"rows": self.rows, "answers": self.answers, "generations": self.generations}
+        return {**{name: dict(counter) for name, counter in counts.items()}, "lengths": lengths}
 
     def measure(self, name: str, length: int) -> None:
         self.lengths.setdefault(name, Counter())[length] += 1
@@ -184,6 +187,7 @@ def _take(
                 seen.add(key)
                 journal.append(_SEEN, f"{key}\n")
             tally.rows["kept"] += 1
+            tally.answers["with" if answer_text(row.get("answer")) else "without"] += 1
             tally.measure("gold", counted[gold] or 0)
             record = _record(row, place, several[gold].text, gold, counted[gold] or 0, recipe)
             part = draw(recipe.seed, "split", key)
@@ -221,8 +225,8 @@ def _gold(
     """The index of the golden generation, or why there is none."""
     if not generations:
         return "no_generations"
-    answer = row.get("answer")
-    if judge is not None and (answer is None or not str(answer).strip()):
+    answer = answer_text(row.get("answer"))
+    if judge is not None and answer is None:
         return "no_answer"
     candidates = []
     for index, (generation, length) in enumerate(zip(generations, lengths, strict=True)):
@@ -239,11 +243,10 @@ def _record(row: Row, place: Place, gold: str, index: int, num_tokens: int, reci
     """A row as it is written: what training reads, and where it comes from."""
     problem = row["problem"].strip()
     text = f"{problem}\n{recipe.instruction}" if recipe.instruction else problem
-    answer = row.get("answer")
-    return {
+    record = {
         "prompt": [{"role": "user", "content": text}] if recipe.prompt_format == "chat" else text,
         "gold": gold,
-        "answer": None if answer is None else str(answer),
+        "answer": answer_text(row.get("answer")),
         "problem": problem,
         "source_id": row.get("uuid") or f"row-{place.number}",
         "source": row.get("source"),
@@ -251,6 +254,7 @@ def _record(row: Row, place: Place, gold: str, index: int, num_tokens: int, reci
         "generation": index,
         "gold_tokens": num_tokens,
     }
+    return plain_row(record, place)
 
 
 def card_of(
@@ -265,12 +269,13 @@ def card_of(
     generations = {"all": tally.generations.total()} | {
         name: tally.generations[name] for name in ("fit", *DROP_REASONS)
     }
+    answers = {name: tally.answers[name] for name in ("with", "without")}
     return Card(
         title="Prompts with golden solutions from OpenR1-Math-220k",
         command="stableopd data openr1",
         settings=recipe.to_json(),
         source=source,
-        counts={"Rows": rows, "Generations": generations},
+        counts={"Rows": rows, "Generations": generations, "Answers of kept rows": answers},
         lengths={name: quantiles(counts) for name, counts in {**tally.lengths, **lengths}.items() if counts},
         outputs=outputs,
         notes=(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stableopd.curation.cards import read_card, write_card
+from stableopd.curation.cards import check_outputs, read_card, write_card
 from stableopd.curation.journal import Journal, check_same_settings
 from stableopd.curation.openr1 import KEPT, Recipe, Tally, card_of, select, tokenizer_digest
 from stableopd.curation.sources import Source
@@ -69,6 +70,24 @@ def written(*paths: Path) -> Iterator[list[Digested]]:
         file.finish()
 
 
+def check_place(folder: Path, option: str) -> None:
+    """Whether files can be made in a folder, found out by making one. Raises: RunFolderError saying what is in the way.
+
+    Args: `option` is what names the place on the command line.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        if isinstance(error, NotADirectoryError):
+            told = f"{folder} is a file, or lies in one, and not a folder. Choose"
+        elif isinstance(error, FileNotFoundError) and not folder.exists():
+            told = f"the folder {folder} does not exist. Make it, or choose"
+        else:
+            told = f"the folder {folder} cannot be written into ({error.strerror or error}). Allow it, or choose"
+        raise RunFolderError(f"{told} another {option}") from error
+
+
 def make_parts(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
@@ -86,7 +105,7 @@ def make_parts(
     Raises: RunFolderError when `out` holds something else; DataError for rows that cannot be used, or if none has gold.
 
     Holds: stopped at any instant and called again, it goes on and writes the same bytes as if it had not been stopped.
-        A folder that is complete is left as it is.
+        A folder that is complete is left as it is, or refused when its files are not those of the card any more.
     """
     identity = {**source.identity(), "tokenizer_sha256": tokenizer_digest(tokenizer)}
     finished = _finished(out, recipe, identity)
@@ -114,6 +133,7 @@ def _finished(out: Path, recipe: Recipe, identity: Mapping[str, Any]) -> dict[st
     card = read_card(out / CARD)
     stored = {**card["settings"], **{key: card["source"].get(key) for key in identity}}
     check_same_settings(out, stored, json.loads(json.dumps({**recipe.to_json(), **identity})))
+    check_outputs(card, out, remove=f"the folder {out}")
     if (out / WORK).exists():
         Journal(out / WORK, {**recipe.to_json(), **identity}).remove()
     return card
@@ -121,9 +141,11 @@ def _finished(out: Path, recipe: Recipe, identity: Mapping[str, Any]) -> dict[st
 
 def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
-        raise RunFolderError(f"{out} is a file; --out must be a folder")
+        raise RunFolderError(f"{out} is a file; --out must be a folder. Choose another --out")
     if out.is_dir() and any(out.iterdir()) and not (out / WORK).is_dir():
         raise RunFolderError(f"{out} already holds something else, which is not overwritten. Choose another --out")
+    above = next((folder for folder in (out, *out.parents) if folder.exists()), out)
+    check_place(above, "--out")
 
 
 def _nothing_kept(tally: Tally) -> str:

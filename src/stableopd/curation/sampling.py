@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from stableopd.curation.journal import Journal
+from stableopd.curation.plain import answer_text
 from stableopd.curation.screening import Choose, chosen, judged_wrong
 from stableopd.curation.sources import batched
 from stableopd.curation.splitting import draw, prompt_key
@@ -159,8 +160,9 @@ def golden(samples: Iterable[Sample], examples: Sequence[Example], choose: Choos
 def check_answers(rows: Sequence[dict[str, Any]], places: Sequence[object], column: str) -> None:
     """Raises: DataError for the first row without an answer to compare with."""
     for row, place in zip(rows, places, strict=True):
-        if row.get(column) is None or not str(row[column]).strip():
+        if answer_text(row.get(column)) is None:
+            held = f" (it holds {row[column]!r:.80})" if row.get(column) is not None else ""
             raise DataError(
-                f"{place}: no answer in the column {column!r}, which the judge compares completions with. Give the "
-                "answer or remove the row, or name another column with data.answer_column=..."
+                f"{place}: no answer in the column {column!r}{held}, which the judge compares completions with. Give a "
+                "text or a number, or remove the row, or name another column with data.answer_column=..."
             )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from stableopd.curation.plain import verdict_of
 from stableopd.curation.splitting import draw
 from stableopd.errors import DataError
 from stableopd.health.signals import COMPRESSION_THRESHOLD, TAIL_CHARS, is_repetitive
@@ -49,25 +50,30 @@ class Generation:
 def generations_of(row: Mapping[str, Any], place: Place) -> list[Generation]:
     """The generations of a row of OpenR1-Math-220k, whose columns of lists go together by position.
 
-    Raises: DataError when a column is no list, or has another number of entries than there are generations.
+    Raises: DataError when a column is no list, has another number of entries than there are generations, or holds
+        something else than verdicts where these belong.
     """
     texts = _list(row, "generations", place)
-    columns = [
-        _list(row, name, place) for name in ("is_reasoning_complete", "finish_reasons", "correctness_math_verify")
-    ]
-    for name, column in zip(
-        ("is_reasoning_complete", "finish_reasons", "correctness_math_verify"), columns, strict=True
-    ):
-        if column and len(column) != len(texts):
-            raise DataError(
-                f"{place}: {name!r} has {len(column)} entries for {len(texts)} generations, so it is unknown which "
-                "belongs to which. Correct or remove the row"
-            )
-    complete, finish, right = (column or [None] * len(texts) for column in columns)
+    complete, right = (
+        [verdict_of(value, f"{place}: {name!r}") for value in _column(row, name, place, len(texts))]
+        for name in ("is_reasoning_complete", "correctness_math_verify")
+    )
+    finish = _column(row, "finish_reasons", place, len(texts))
     return [
         Generation(text=text if isinstance(text, str) else "", complete=done, finish_reason=reason, right=verdict)
         for text, done, reason, verdict in zip(texts, complete, finish, right, strict=True)
     ]
+
+
+def _column(row: Mapping[str, Any], name: str, place: Place, number: int) -> list[Any]:
+    """What the data set says of each of `number` generations; nothing of any where it has no entries."""
+    column = _list(row, name, place)
+    if column and len(column) != number:
+        raise DataError(
+            f"{place}: {name!r} has {len(column)} entries for {number} generations, so it is unknown which belongs to "
+            "which. Correct or remove the row"
+        )
+    return column or [None] * number
 
 
 def _list(row: Mapping[str, Any], column: str, place: Place) -> list[Any]:

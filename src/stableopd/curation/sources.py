@@ -53,17 +53,20 @@ def open_source(path: str, *, columns: Sequence[str], split: str = "train", sett
         return HubSource.find(path, split, columns)
     if not local.exists():
         raise DataError(f"{setting}: {path} does not exist (relative paths start at {Path.cwd()})")
-    files = [local] if local.is_file() else files_of(local, None)
+    files = [local] if local.is_file() else files_of(local, None, setting=setting)
     for file in files:
         if file.suffix not in (".jsonl", ".parquet"):
             raise DataError(f"{file} cannot be read row by row; give .jsonl or .parquet files")
-    return FileSource(files=tuple(files), wanted=tuple(columns))
+    root = local.parent if local.is_file() else local
+    return FileSource(root=root, files=tuple(files), wanted=tuple(columns))
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileSource:
     """Local files, one after the other."""
 
+    root: Path
+    """What their names are relative to: files of several folders below it may be called alike."""
     files: tuple[Path, ...]
     wanted: tuple[str, ...]
 
@@ -93,7 +96,7 @@ class FileSource:
         return sum(parquet_file(file).metadata.num_rows for file in self.files)
 
     def identity(self) -> dict[str, Any]:
-        digests = {file.name: sha256_of(file) for file in self.files}
+        digests = {file.relative_to(self.root).as_posix(): sha256_of(file) for file in self.files}
         together = hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in digests.items()).encode())
         return {"files": len(digests), "names": ", ".join(digests), "sha256": together.hexdigest()}
 

@@ -38,10 +38,14 @@ _TEACHER_STREAM, _STUDENT_STREAM, _TOKENIZER_STREAM, _PROBE_STREAM = 1, 2, 3, 4
 
 
 def build_tokenizer(preset: Preset) -> PreTrainedTokenizerFast:
-    """The tokenizer of a preset: always the same one, trained on problems and traces of training."""
+    """The tokenizer of a preset: always the same one, trained on problems and traces of training.
+
+    Traces are those of the usual teacher, whatever the habits of the world: students of all teachers share it.
+    """
     rng = np.random.default_rng(_TOKENIZER_STREAM)
-    problems = draw_problems(preset.world.problems, rng, preset.tokenizer_texts, held_out=False)
-    traces = ("".join(piece.text for piece in teacher_trace(preset.world, problem, rng)) for problem in problems)
+    world = WordsWorld(problems=preset.world.problems, max_trace_tokens=preset.world.max_trace_tokens)
+    problems = draw_problems(world.problems, rng, preset.tokenizer_texts, held_out=False)
+    traces = ("".join(piece.text for piece in teacher_trace(world, problem, rng)) for problem in problems)
     return train_tokenizer(
         (f"{problem.text}\n{trace}" for problem, trace in zip(problems, traces, strict=True)), preset.vocab_size
     )

@@ -4,7 +4,7 @@
     python -m stableopd.words.pieces pair FOLDER --preset cpu --seed 3
 
 A pair holds teacher/, student/, data/ and models.json, what both can do before distillation. A part is written aside
-and renamed: a folder that is there is whole, and is not made again.
+and renamed: a folder that is there is whole, and is not made again. One that was made with other settings is refused.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,10 +22,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from stableopd.console import quiet_libraries
-from stableopd.lines import made_whole, write_atomically, write_lines
+from stableopd.errors import StableOPDError
+from stableopd.lines import write_atomically, write_lines
 from stableopd.toy.demo import one_thread
 from stableopd.toy.habits import HABITS
 from stableopd.toy.learning import Progress, engine_of, held_out_figures
+from stableopd.toy.making import is_made, making
 from stableopd.words.build import build_tokenizer, messages, prompt_example, train_student, train_teacher
 from stableopd.words.judging import judge
 from stableopd.words.problems import Problem, draw_problems
@@ -51,10 +53,11 @@ def build_pair(folder: Path, preset: Preset, *, teacher_seed: int = 0, student_s
 
 def write_data(folder: Path, preset: Preset) -> None:
     """train.jsonl and validation.jsonl: problems as chats, with golden solution and answer; always the same."""
-    if folder.exists():
+    made = made_with("data", preset)
+    if is_made(folder, made):
         return
     rng = np.random.default_rng(_DATA_STREAM)
-    with made_whole(folder) as aside:
+    with making(folder, made) as aside:
         for name, count in (("train", preset.num_train), ("validation", preset.num_validation)):
             problems = draw_problems(preset.world.problems, rng, count, held_out=name == "validation")
             write_lines(aside / f"{name}.jsonl", (_row(preset, problem) for problem in problems))
@@ -62,17 +65,27 @@ def write_data(folder: Path, preset: Preset) -> None:
 
 def write_model(folder: Path, role: Role, preset: Preset, seed: int, progress: Progress | None = None) -> None:
     """A teacher or a student with its tokenizer, and `checks.json`: what it can do before distillation."""
-    if folder.exists():
+    made = made_with(role, preset, seed)
+    if is_made(folder, made):
         return
     device = torch.device("cuda" if preset.bf16 and torch.cuda.is_available() else "cpu")
     train = train_teacher if role == "teacher" else train_student
-    with made_whole(folder) as aside, one_thread():
+    with making(folder, made) as aside, one_thread():
         tokenizer = build_tokenizer(preset)
         model = train(preset, tokenizer, seed, device, progress or _print_progress)
         checks = check_model(model, tokenizer, preset)
         model.save_pretrained(aside)  # type: ignore[operator]
         tokenizer.save_pretrained(str(aside))
         write_atomically(aside / "checks.json", json.dumps(checks, indent=2) + "\n")
+
+
+def made_with(piece: Literal["data", "teacher", "student"], preset: Preset, seed: int = 0) -> dict[str, Any]:
+    """All of a preset that a piece depends on, and its seed: data are always the same."""
+    whole = asdict(preset)
+    if piece == "data":
+        return {"piece": piece, **{name: whole[name] for name in ("world", "num_train", "num_validation")}}
+    names = ("world", piece, "vocab_size", "tokenizer_texts", "token_budget", "attention", "bf16")
+    return {"piece": piece, "seed": seed, **{name: whole[name] for name in names}}
 
 
 def check_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, preset: Preset) -> dict[str, float]:
@@ -110,12 +123,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_libraries()
     preset = PRESETS[given.preset]
     preset = replace(preset, world=preset.world.with_teacher(given.habit))
-    if given.piece == "data":
-        write_data(given.folder, preset)
-    elif given.piece == "pair":
-        build_pair(given.folder, preset, teacher_seed=given.seed, student_seed=given.seed)
-    else:
-        write_model(given.folder, given.piece, preset, given.seed)
+    try:
+        if given.piece == "data":
+            write_data(given.folder, preset)
+        elif given.piece == "pair":
+            build_pair(given.folder, preset, teacher_seed=given.seed, student_seed=given.seed)
+        else:
+            write_model(given.folder, given.piece, preset, given.seed)
+    except StableOPDError as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":
