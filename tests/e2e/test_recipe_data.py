@@ -47,6 +47,7 @@ def test_every_header_makes_data_for_its_students_and_where_they_are_read(path):
     if any(student.startswith("Qwen/Qwen2.5-Math") for student in students):  # which read 4,096 tokens
         assert settings["rollout"]["max_completion_length"] == CONTEXT - ROOM_FOR_PROMPTS
         assert int(option(command, "--max-gold-tokens", "8192")) + 1 == CONTEXT - ROOM_FOR_PROMPTS
+        assert int(option(command, "--max-prompt-tokens", "0")) == ROOM_FOR_PROMPTS
     is_text = any("R1-Distill" in teacher for teacher in teachers)  # whose turns have other markers
     assert option(command, "--prompt-format", "chat") == ("text" if is_text else "chat")
 

@@ -29,6 +29,7 @@ from stableopd.curation.plain import verdict_of
 from stableopd.curation.screening import Screening, chosen
 from stableopd.curation.sources import HubSource, open_source
 from stableopd.curation.splitting import draw, prompt_key, threshold_of_fraction
+from stableopd.data import load_examples
 from stableopd.errors import DataError, RunFolderError
 from stableopd.judges import get_judge
 
@@ -59,11 +60,33 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 # ------------------------------------------------------------------------------------ what is dropped
 
 
+@pytest.mark.parametrize("prompt_format", ["chat", "text"])
+def test_prompts_are_as_long_as_a_run_finds_them(tmp_path, prompt_format):
+    path = write_jsonl(
+        tmp_path / "rows.jsonl", [row(f"What is {'1' * length} + 1?", "It is 3.") for length in range(9)]
+    )
+    whole = replace(SMALL, prompt_format=prompt_format, instruction="", num_heldout=0)
+    assert make(path, tmp_path / "all", whole)["counts"]["Rows"]["kept"] == 9
+    tokenizer = ascii_tokenizer()
+    if prompt_format == "chat":
+        tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    prompts = load_examples(written_rows(tmp_path / "all", "cold_start", "opd"), tokenizer, source="all")
+    limit = sorted(len(one.prompt_ids) for one in prompts)[4]
+    source = open_source(str(path), columns=COLUMNS)
+    card = make_parts(
+        source, tokenizer, replace(whole, max_prompt_tokens=limit), tmp_path / "some", judge=None,
+        names={"dataset": "d", "tokenizer": "t"},
+    )  # fmt: skip
+    assert card["counts"]["Rows"]["long_prompt"] == 4
+    assert card["counts"]["Rows"]["kept"] == 5
+
+
 def test_each_reason_is_counted_and_the_counts_add_up(tmp_path):
     card = make(write_parquet(tmp_path / "rows.parquet", rows_of_each_kind()), tmp_path / "out")
     rows, generations = card["counts"]["Rows"], card["counts"]["Generations"]
     assert rows == {
-        "read": 15, "no_problem": 2, "no_generations": 1, "no_answer": 0, "no_gold": 8, "duplicate": 1, "kept": 3
+        "read": 15, "no_problem": 2, "long_prompt": 0, "no_generations": 1, "no_answer": 0, "no_gold": 8,
+        "duplicate": 1, "kept": 3,
     }  # fmt: skip
     assert generations == {
         "all": 15, "fit": 5, "not_text": 2, "incomplete": 1, "truncated": 1, "too_long": 1, "repetitive": 1,

@@ -42,6 +42,9 @@ def openr1(
         ),
     ] = "open-r1/OpenR1-Math-220k:default",
     max_gold_tokens: Annotated[int, typer.Option(min=1, help="Longer generations are dropped.")] = 8192,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longer prompts are dropped, chat template and instruction included.")
+    ] = None,
     cold_start_fraction: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of prompts for cold start; default: the paper's 33 of 46.")
     ] = None,
@@ -103,6 +106,7 @@ def openr1(
         num_heldout=num_heldout,
         prompt_format=prompt_format,
         instruction=INSTRUCTION if instruction is None else instruction,
+        max_prompt_tokens=max_prompt_tokens,
         duplicates=duplicates,
         limit=limit,
     )

@@ -54,7 +54,7 @@ KEPT = "kept.log"
 _SEEN = "seen.log"
 _ROWS_AT_A_TIME = 64
 _BATCHES_PER_COMMIT = 4
-ROW_OUTCOMES = ("no_problem", "no_generations", "no_answer", "no_gold", "duplicate", "kept")
+ROW_OUTCOMES = ("no_problem", "long_prompt", "no_generations", "no_answer", "no_gold", "duplicate", "kept")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,8 @@ class Recipe:
     prompt_format: Literal["chat", "text"] = "chat"
     instruction: str = INSTRUCTION
     """Put behind each problem, on a line of its own; empty: nothing."""
+    max_prompt_tokens: int | None = None
+    """As the student reads it, its chat template and the like included."""
     duplicates: Literal["first", "keep"] = "first"
     """Of rows with the same prompt, take the first that has gold, or all of them; in one part in either case."""
     limit: int | None = None
@@ -176,6 +178,12 @@ def _take(
         if not isinstance(problem, str) or not problem.strip():
             tally.rows["no_problem"] += 1
             continue
+        if (
+            recipe.max_prompt_tokens is not None
+            and _prompt_tokens(problem, recipe, tokenizer) > recipe.max_prompt_tokens
+        ):
+            tally.rows["long_prompt"] += 1
+            continue
         key = prompt_key(problem)
         gold = _gold(row, key, several, counted, recipe, judge, tally)
         if isinstance(gold, str):
@@ -239,10 +247,28 @@ def _gold(
     return chosen(candidates, recipe.choose, seed=recipe.seed, key=key) if candidates else "no_gold"
 
 
+def _asked(problem: str, recipe: Recipe) -> str:
+    """The problem with the instruction behind it."""
+    return f"{problem.strip()}\n{recipe.instruction}" if recipe.instruction else problem.strip()
+
+
+def _prompt_tokens(problem: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Length of the prompt as a run encodes it; 0 for a text that the tokenizer does not take."""
+    text = _asked(problem, recipe)
+    in_template = recipe.prompt_format == "chat" and bool(tokenizer.chat_template)
+    if in_template:
+        turns = [{"role": "user", "content": text}]
+        text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    try:
+        return len(tokenizer(text, add_special_tokens=not in_template, verbose=False)["input_ids"])
+    except Exception:  # tokenizers raises nothing more specific for a text it cannot encode
+        return 0
+
+
 def _record(row: Row, place: Place, gold: str, index: int, num_tokens: int, recipe: Recipe) -> dict[str, Any]:
     """A row as it is written: what training reads, and where it comes from."""
     problem = row["problem"].strip()
-    text = f"{problem}\n{recipe.instruction}" if recipe.instruction else problem
+    text = _asked(problem, recipe)
     record = {
         "prompt": [{"role": "user", "content": text}] if recipe.prompt_format == "chat" else text,
         "gold": gold,
@@ -280,7 +306,7 @@ def card_of(
         outputs=outputs,
         notes=(
             "A row is counted once: kept, or under the first reason that held. A generation is counted under the first "
-            "reason in the order of the table; those of rows without a problem or an answer are not looked at.",
+            "reason in the order of the table; those of rows under no_problem, long_prompt and no_answer are not looked at.",
         ),
     )
 
