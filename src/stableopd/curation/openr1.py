@@ -306,7 +306,7 @@ def card_of(
         outputs=outputs,
         notes=(
             "A row is counted once: kept, or under the first reason that held. A generation is counted under the first "
-            "reason in the order of the table; those of rows under no_problem, long_prompt and no_answer are not looked at.",
+            "reason in the order of the table; those of no_problem, long_prompt and no_answer are not looked at.",
         ),
     )
 
