@@ -18,8 +18,8 @@ import yaml
 
 from stableopd.errors import ConfigError, DataError
 from stableopd.health.causes import INFLATION
+from stableopd.health.history import LENGTH_DRIFT, TRACKED, is_number
 from stableopd.health.monitor import SEVERITIES, HealthMonitor, MonitorSettings
-from stableopd.health.rules import LENGTH_DRIFT, TRACKED, is_number
 from stableopd.health.verdict import Status, Verdict, judge_run
 from stableopd.reading import Place
 from stableopd.rollout_figures import RolloutFigures, Sample, StepFigures, Unit

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stableopd.console import STYLES, printable
-from stableopd.health.rules import LOOPS, MEAN_LENGTH, REPETITION, TRUNCATION
+from stableopd.health.history import LOOPS, MEAN_LENGTH, REPETITION, TRUNCATION
 from stableopd.sparklines import sparkline
 from stableopd.types import Alert
 from stableopd.watched import CHARACTERS, Snapshot, names_of_evaluations

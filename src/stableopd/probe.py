@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from stableopd.health.rules import ENDING_PROBE, STOP_PROBE
+from stableopd.health.history import ENDING_PROBE, STOP_PROBE
 from stableopd.types import Example
 
 ENDING_TOKENS = 4

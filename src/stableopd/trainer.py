@@ -33,8 +33,8 @@ from stableopd.errors import ConfigError, TrainingError
 from stableopd.evaluate import decode
 from stableopd.health.causes import why_without_updates
 from stableopd.health.controller import Controls, HealthController, Levers
+from stableopd.health.history import FAILED_REWARDS
 from stableopd.health.monitor import HealthMonitor
-from stableopd.health.rules import FAILED_REWARDS
 from stableopd.heldout import evaluate_all
 from stableopd.logbook import Logbook
 from stableopd.metrics import Stopwatch, mean_of

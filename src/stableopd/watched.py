@@ -18,8 +18,9 @@ import yaml
 
 from stableopd.diagnose import in_unit
 from stableopd.health import HealthMonitor, Verdict, is_repetitive, judge_run, loop_mask
+from stableopd.health.history import LOOPS, MEAN_LENGTH, REPETITION, TRUNCATION, is_number
 from stableopd.health.monitor import MonitorSettings
-from stableopd.health.rules import LOOPS, MEAN_LENGTH, REPETITION, TRUNCATION, is_number, window_of
+from stableopd.health.rules import window_of
 from stableopd.health.signals import TRUNCATED_REASONS
 from stableopd.rollout_figures import Unit
 from stableopd.runfolder import parse_alert, verdict_of

@@ -38,6 +38,7 @@ LAYERS = (
     {
         "protocols",
         "health",
+        "health.history",
         "health.rules",
         "health.monitor",
         "health.controller",

@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike
 
 from stableopd.errors import ConfigError
 from stableopd.health import signals
-from stableopd.health.rules import MAX_LENGTH, MEAN_LENGTH, TRUNCATION, History, Reading, read_all
+from stableopd.health.history import MAX_LENGTH, MEAN_LENGTH, TRUNCATION, History
+from stableopd.health.rules import Reading, read_all
 from stableopd.types import Alert, HealthReport, Severity
 
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "critical")

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stableopd.health.rules import LOOPS, NEVER_STOPS, REPETITION, SKIPPED, TRUNCATION, is_number
+from stableopd.health.history import LOOPS, REPETITION, SKIPPED, TRUNCATION, is_number
+from stableopd.health.rules import NEVER_STOPS
 
 Status = Literal["healthy", "warning", "collapsed", "unknown"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stableopd.health.rules import is_number
+from stableopd.health.history import is_number
 from stableopd.lines import append_line, keep_until
 from stableopd.types import Alert
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stableopd.health.history import is_number
 from stableopd.health.monitor import HealthMonitor, MonitorSettings
-from stableopd.health.rules import is_number
 from stableopd.integrations.journal import Journal, announce
 from stableopd.types import Alert, FinishReason
 

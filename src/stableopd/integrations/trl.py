@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from stableopd.errors import ConfigError, MissingDependencyError
+from stableopd.health.history import is_number
 from stableopd.health.monitor import SEVERITIES, HealthMonitor, MonitorSettings
-from stableopd.health.rules import is_number
 from stableopd.health.signals import length_stats, measure_rollouts
 from stableopd.integrations.journal import Journal, announce, logger
 from stableopd.types import Alert, FinishReason, Severity
