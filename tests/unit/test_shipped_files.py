@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import yaml
@@ -12,9 +13,9 @@ from stableopd.config import PRESETS, StableOPDConfig
 from stableopd.config_files import load_config
 from stableopd.study.cells import cells_of
 from stableopd.study.config import load_study
-from stableopd.study.outcome import read_outcomes
+from stableopd.study.outcome import by_arm, read_outcomes
 from stableopd.study.running import existing, settings_digest
-from stableopd.study.table import rows_of
+from stableopd.study.table import rows_of, score
 from stableopd.study.view import shown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +93,7 @@ def test_the_stored_results_of_studies_are_those_of_their_settings():
             assert outcome.digest == digests[outcome.key], outcome.key
 
 
-@pytest.mark.parametrize("name", ["toy-main", "toy-defaults"])
+@pytest.mark.parametrize("name", ["toy-main", "toy-long", "toy-defaults"])
 def test_the_tables_of_the_study_are_those_of_its_stored_results(name, tmp_path):
     study = load_study(ROOT / "studies" / f"{name}.yaml", (f"output_dir={tmp_path}",))
     (tmp_path / "results.jsonl").write_bytes((ROOT / "docs" / "results" / f"{name}.jsonl").read_bytes())
@@ -102,3 +103,17 @@ def test_the_tables_of_the_study_are_those_of_its_stored_results(name, tmp_path)
         if row.difference is not None:
             cells += [shown(row.difference, signed=True), f"{row.better}/{row.paired}"]
         assert " | ".join(re.sub(r"(?<![0-9])0[.]", ".", cell) for cell in cells) in told, row.arm
+
+
+@pytest.mark.parametrize(("name", "seed"), [("toy-alternatives", 901), ("toy-controller", 901)])
+def test_tables_teacher_by_teacher_are_those_of_the_stored_results(name, seed):
+    """Each line of them holds the accuracy under every teacher, then greedy accuracy and what was cut off."""
+    told = (ROOT / "docs" / "study.md").read_text()
+    stored = read_outcomes(ROOT / "docs" / "results" / f"{name}.jsonl")
+    of_seed = [outcome for outcome in stored if outcome.seed == seed]
+    for arm, outcomes in by_arm(of_seed).items():
+        by_pair = {outcome.pair: outcome for outcome in outcomes}
+        accuracies = [score(by_pair[pair]) for pair in ("standard", "moderate", "clean")]
+        greedy = fmean(outcome.figures["greedy_accuracy"] for outcome in outcomes)
+        line = f"{' / '.join(f'{one:.3f}' for one in accuracies)} | {greedy:.3f}"
+        assert re.sub(r"(?<![0-9])0[.]", ".", line) in told, arm
