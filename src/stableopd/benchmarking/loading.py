@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,11 +118,9 @@ def _registered(
     problems = []
     for number, (place, row) in enumerate(zip(rows.places, rows, strict=True)):
         question = _value(row, question_column or spec.question_column, place, "question")
-        raw = _value(row, answer_column or spec.answer_column, place, "answer")
+        answer = _answer(row, answer_column or spec.answer_column, place, spec.answer_of)
         identity = row.get(spec.id_column) if spec.id_column else None
-        problems.append(
-            Problem(id=str(number if identity is None else identity), prompt=str(question), answer=spec.answer_of(raw))
-        )
+        problems.append(Problem(id=str(number if identity is None else identity), prompt=str(question), answer=answer))
     return problems
 
 
@@ -135,9 +133,20 @@ def _own(rows: Rows, question_column: str | None, answer_column: str | None) -> 
         prompt = _value(row, question, place, "question")
         if not isinstance(prompt, str | list):
             raise DataError(f"{place}: {question!r} is {prompt!r:.80}; a question is a text or a list of chat messages")
-        raw = _value(row, answer, place, "answer")
-        problems.append(Problem(id=str(row.get("id", number)), prompt=prompt, answer=plain_answer(raw)))
+        problems.append(
+            Problem(id=str(row.get("id", number)), prompt=prompt, answer=_answer(row, answer, place, plain_answer))
+        )
     return problems
+
+
+def _answer(row: Mapping[str, Any], column: str, place: Place, answer_of: Callable[[Any], str]) -> str:
+    raw = _value(row, column, place, "answer")
+    try:
+        return answer_of(raw)
+    except DataError as error:
+        raise DataError(
+            f"{place}: {error}. Correct or remove the row, or name another column with --answer-column"
+        ) from None
 
 
 def _value(row: Mapping[str, Any], column: str, place: Place, what: str) -> Any:
