@@ -156,7 +156,7 @@ def test_a_row_without_question_or_answer_is_refused_with_its_place(tmp_path, ro
 def test_an_answer_that_is_no_text_and_no_finite_number_is_refused_with_its_place(tmp_path, answer):
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps({"prompt": "a", "answer": "1"}) + "\n" + json.dumps({"prompt": "b", "answer": answer}))
-    with pytest.raises(DataError, match="line 2: .*answer"):
+    with pytest.raises(DataError, match=r"line 2: .*answer"):
         load_benchmark(str(path))
 
 
