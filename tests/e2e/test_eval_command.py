@@ -367,6 +367,7 @@ def test_killed_in_the_middle_the_command_goes_on(checkpoints, dataset, tmp_path
         (["{model}", "--benchmark", "{data}", "--benchmark", "{data}"], "given twice"),
         (["{model}", "--benchmark", "{data}", "--benchmark", "{beside}/validation.jsonl"], "both called 'validation'"),
         (["{model}", "--benchmark", "{folder}", "--split", "nope"], "--split"),
+        (["{model}", "--benchmark", "math500", "--split", "train"], "leave it out"),
         (["{model}", "--benchmark", "{data}", "--temperature", "inf"], "--temperature"),
         (["{model}", "--benchmark", "{data}", "--temperature", "nan"], "--temperature"),
         (["{model}", "--benchmark", "{data}", "--temperature", "1e-40"], "--temperature"),

@@ -93,6 +93,7 @@ def evaluate_command(
     from dataclasses import replace
 
     from stableopd.benchmarking.loading import load_benchmarks
+    from stableopd.benchmarking.registry import spec_of
     from stableopd.benchmarking.results import EvalSettings
     from stableopd.errors import ConfigError, ModelError
     from stableopd.names import is_a_path
@@ -105,6 +106,8 @@ def evaluate_command(
     template_kwargs = _mapping(chat_template_kwargs)
     if is_a_path(model) and not Path(model).expanduser().is_dir():
         raise ModelError(f"there is no folder {model!r} to take the model from")
+    if split is not None and all(spec_of(name) and not Path(name).exists() for name in benchmark):
+        raise ConfigError(f"--split is {split!r}, but the registry's benchmarks have splits of their own; leave it out")
     _check_places(out, output)
     found = load_benchmarks(  # all of them are looked at before the first answer
         benchmark,
