@@ -338,11 +338,10 @@ def main() -> None:
 
 def _in_words(error: OSError) -> str:
     """An error of the operating system without its number, and with what can be done."""
-    if error.filename is None or error.strerror is None:
+    if error.strerror is None:
         return str(error) or repr(error)
-    return (
-        f"{error.filename}: {error.strerror.lower()}. Choose another place, or see to what is there and its permissions"
-    )
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{error.strerror.lower()}. Choose another place, or see to what is there and its permissions"
 
 
 def _complain(message: str) -> None:

@@ -33,7 +33,9 @@ class Rows(list[Row]):
         self.places = [place for place, _ in pairs]
 
 
-def read_rows(path: str, split: str | None = None, *, setting: str = "data.path") -> Rows:
+def read_rows(
+    path: str, split: str | None = None, *, setting: str = "data.path", split_setting: str = "data.split"
+) -> Rows:
     """Rows of a local file, of a folder of files, or of a dataset on the hub.
 
     Args:
@@ -41,7 +43,7 @@ def read_rows(path: str, split: str | None = None, *, setting: str = "data.path"
             otherwise a hub id, with a colon before the name of its configuration where it needs one
             ("openai/gsm8k:main"). What looks like a local path is never looked up on the hub, and no
             code of a dataset is ever run.
-        setting: the key that named the path, for errors.
+        setting, split_setting: the keys that named path and split, for errors.
         split: the split on the hub, or the files of a folder to take ("train" takes train.jsonl and
             train-*.parquet). A single file is one split, whatever its name.
 
@@ -53,7 +55,12 @@ def read_rows(path: str, split: str | None = None, *, setting: str = "data.path"
     is_local = local.exists() or looks_local(path)
     if is_local and not local.exists():
         raise DataError(f"{setting}: {path} does not exist (relative paths start at {Path.cwd()})")
-    rows = Rows(_read_local(local, split, setting) if is_local else _read_hub(path, split))
+    read = (
+        _read_local(local, split, setting, split_setting)
+        if is_local
+        else _read_hub(path, split, setting, split_setting)
+    )
+    rows = Rows(read)
     if not rows:
         raise DataError(f"{path} holds no rows. Give a dataset with at least one prompt")
     return rows
@@ -64,17 +71,21 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or bool(re.search(r"\\|\.[A-Za-z]\w*$", path))
 
 
-def _read_local(path: Path, split: str | None, setting: str) -> Iterator[tuple[Place, Row]]:
+def _read_local(path: Path, split: str | None, setting: str, split_setting: str) -> Iterator[tuple[Place, Row]]:
     if path.is_file():
         yield from _read_file(path)
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        yield from _placed(_one_split(_datasets().load_from_disk(str(path)), str(path), split), str(path))
+        yield from _placed(
+            _one_split(_datasets().load_from_disk(str(path)), str(path), split, split_setting), str(path)
+        )
     else:
-        for file in files_of(path, split, setting=setting):
+        for file in files_of(path, split, setting=setting, split_setting=split_setting):
             yield from _read_file(file)
 
 
-def files_of(folder: Path, split: str | None, *, setting: str = "data.path") -> list[Path]:
+def files_of(
+    folder: Path, split: str | None, *, setting: str = "data.path", split_setting: str = "data.split"
+) -> list[Path]:
     """Files of rows in a folder and below, by name. Raises: DataError when there are none, or none of the split."""
     visible = (file for file in folder.rglob("*") if not re.search(r"(^|/)\.", file.relative_to(folder).as_posix()))
     files = sorted(file for file in visible if file.suffix in _READERS and file.is_file())
@@ -83,7 +94,9 @@ def files_of(folder: Path, split: str | None, *, setting: str = "data.path") -> 
     chosen = [file for file in files if split is None or re.match(rf"{re.escape(split)}(?!\w)", file.name)]
     if not chosen:
         names = ", ".join(file.name for file in files[:10])
-        raise DataError(f"no file in {folder} belongs to the split {split!r}; it holds {names}. Correct data.split")
+        raise DataError(
+            f"no file in {folder} belongs to the split {split!r}; it holds {names}. Correct {split_setting}"
+        )
     return chosen
 
 
@@ -139,7 +152,7 @@ _READERS: Mapping[str, Callable[[Path], Iterator[tuple[Place, Row]]]] = {
 }
 
 
-def _read_hub(path: str, split: str | None) -> Iterator[tuple[Place, Row]]:
+def _read_hub(path: str, split: str | None, setting: str, split_setting: str) -> Iterator[tuple[Place, Row]]:
     datasets = _datasets()
     repository, _, name = path.partition(":")
     try:
@@ -147,9 +160,9 @@ def _read_hub(path: str, split: str | None) -> Iterator[tuple[Place, Row]]:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{path!r} is no local file, and the hub does not give it as a dataset (split {split!r}): {error}. Correct "
-            "data.path and data.split, or download the data and give the path of the file"
+            f"{setting} and {split_setting}, or download the data and give the path of the file"
         ) from error
-    return _placed(_one_split(loaded, path, split), path)
+    return _placed(_one_split(loaded, path, split, split_setting), path)
 
 
 def _datasets() -> Any:
@@ -160,14 +173,14 @@ def _datasets() -> Any:
     return datasets
 
 
-def _one_split(loaded: Any, path: str, split: str | None) -> Any:
+def _one_split(loaded: Any, path: str, split: str | None, split_setting: str) -> Any:
     """The rows of `split`; of the only split where none is asked for."""
     if not isinstance(loaded, dict):
         return loaded
     if split is None and len(loaded) == 1:
         return next(iter(loaded.values()))
     if split not in loaded:
-        raise DataError(f"{path} has the splits {', '.join(loaded)}. Set data.split to one of them")
+        raise DataError(f"{path} has the splits {', '.join(loaded)}. Set {split_setting} to one of them")
     return loaded[split]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,16 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from stableopd.benchmarking import running
+from stableopd.benchmarking import subject as subject_module
+from stableopd.benchmarking.cache import key_of
 from stableopd.benchmarking.loading import load_benchmark
 from stableopd.benchmarking.results import EvalSettings
 from stableopd.benchmarking.running import evaluate_model, read_result
-from stableopd.benchmarking.subject import Subject, load_subject, resolve_model
+from stableopd.benchmarking.subject import _UNRELATED, Subject, _of_adapters, load_subject, resolve_model
 from stableopd.cli import main
-from stableopd.errors import ConfigError, DataError, ModelError
+from stableopd.errors import ConfigError, DataError, ModelError, RunFolderError
+from stableopd.recorder import lock_folder
 from stableopd.rollout.hf import HFEngine
 
 JUDGE = "stableopd.toy.task:judge"
@@ -175,6 +180,90 @@ def test_adapters_answer_as_the_model_they_were_merged_into(settings, checkpoint
     assert adapters != without
 
 
+@pytest.fixture
+def adapters(settings, checkpoints, tmp_path, tokenizer) -> Callable[..., EvalSettings]:
+    """Folders of adapters with the same weights, whatever else is said of them."""
+    peft = pytest.importorskip("peft")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def made(name: str, **changes) -> EvalSettings:
+        model = AutoModelForCausalLM.from_pretrained(checkpoints / "student")
+        modules = ["q_proj", "v_proj", "o_proj"]
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=1, target_modules=modules))
+        with torch.no_grad():
+            for number, (key, parameter) in enumerate(adapted.named_parameters()):
+                if "lora_" in key:
+                    parameter.normal_(0, 2.0, generator=torch.Generator().manual_seed(number))
+        adapted.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(str(tmp_path / name))
+        path = tmp_path / name / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        return with_(settings, model=str(tmp_path / name))
+
+    return made
+
+
+def test_adapters_of_equal_weights_and_other_scale_do_not_share_answers(adapters, checkpoints, tmp_path):
+    shutil.copytree(checkpoints / "student", tmp_path / "base")
+    weak, strong = adapters("weak"), adapters("strong", lora_alpha=64)
+    moved = adapters("moved", base_model_name_or_path=str(tmp_path / "base"))
+    one, other, same = (load_subject(asked) for asked in (weak, strong, moved))
+    assert one.weights_digest == other.weights_digest == same.weights_digest
+    assert one.key() != other.key()
+    assert one.key() == same.key()
+    assert (
+        evaluate_model(weak, tmp_path, subject=one).prompts != evaluate_model(strong, tmp_path, subject=other).prompts
+    )
+
+
+def test_a_model_without_adapters_keeps_the_key_that_its_answers_have(settings):
+    subject = load_subject(settings)
+    config = {key: repr(value) for key, value in subject.model.config.to_dict().items() if key not in _UNRELATED}
+    vocabulary = subject.tokenizer.get_vocab()
+    assert subject.key() == key_of({"config": config, "ends": sorted(subject.ends), "vocabulary": vocabulary})
+    assert _of_adapters({"target_modules": {"b", "a", "c"}, "r": 2}) == {"target_modules": "['a', 'b', 'c']", "r": "2"}
+
+
+@pytest.mark.parametrize("kind", ["stop_strings", "stop_token_ids"])
+def test_answers_end_where_a_run_ends_them_and_are_kept_apart(settings, tmp_path, tokenizer, monkeypatch, kind):
+    plain = evaluate_model(settings, tmp_path)
+    texts = [json.loads(line)["text"] for path in tmp_path.rglob("completions.jsonl") for line in path.open()]
+    common = max("0123456789", key="".join(text[:-1] for text in texts).count)
+    (token,) = tokenizer.encode(common, add_special_tokens=False)
+    asked = generations(monkeypatch)
+    stopped = evaluate_model(with_(settings, **{kind: (common if kind == "stop_strings" else token,)}), tmp_path)
+    assert sum(asked) == 12
+    assert stopped.num_tokens < plain.num_tokens
+    for prompt, before in zip(stopped.prompts, plain.prompts, strict=True):
+        assert all(length <= longer for length, longer in zip(prompt.lengths, before.lengths, strict=True))
+    (stored,) = [path for path in tmp_path.rglob("result-*.json") if read_result(path) == stopped]
+    kept = [json.loads(line)["text"] for line in (stored.parent / "completions.jsonl").open()]
+    assert all(common not in text[:-1] for text in kept)
+    assert any(text.endswith(common) for text in kept) == (kind == "stop_strings")
+    assert evaluate_model(settings, tmp_path).prompts == plain.prompts
+    assert sum(asked) == 12
+
+
+def test_results_that_were_stored_before_there_were_stops_and_messages_are_read(settings, tmp_path):
+    result = evaluate_model(settings, tmp_path)
+    (stored,) = tmp_path.rglob("result-*.json")
+    record = json.loads(stored.read_text())
+    del record["failure_message"]
+    for name in ("stop_strings", "stop_token_ids", "split"):
+        del record["settings"][name]
+    stored.write_text(json.dumps(record))
+    assert read_result(stored) == result
+
+
+def test_a_folder_of_answers_has_one_writer_at_a_time(settings, tmp_path):
+    first = evaluate_model(settings, tmp_path)
+    (stored,) = tmp_path.rglob("result-*.json")
+    with lock_folder(stored.parent), pytest.raises(RunFolderError, match="another process"):
+        evaluate_model(settings, tmp_path)
+    assert evaluate_model(settings, tmp_path).prompts == first.prompts
+
+
 def test_an_evaluation_that_was_cut_off_goes_on_to_the_same_answers(settings, tmp_path, monkeypatch):
     small = with_(settings, batch_size=2)
     whole = evaluate_model(small, tmp_path / "whole")
@@ -272,16 +361,95 @@ def test_killed_in_the_middle_the_command_goes_on(checkpoints, dataset, tmp_path
         (["{model}", "--benchmark", "{data}", "--answer-column", "nope"], "--answer-column"),
         (["{model}", "--benchmark", "{data}", "--device", "nowhere"], "--device"),
         (["{model}", "--benchmark", "{data}", "--chat-template-kwargs", "[1]"], "JSON object"),
+        (["{model}", "--benchmark", ""], "no name"),
+        (["{model}", "--benchmark", "."], "no name"),
+        (["{model}", "--benchmark", "math500="], "no copy"),
+        (["{model}", "--benchmark", "{data}", "--benchmark", "{data}"], "given twice"),
+        (["{model}", "--benchmark", "{data}", "--benchmark", "{beside}/validation.jsonl"], "both called 'validation'"),
+        (["{model}", "--benchmark", "{folder}", "--split", "nope"], "--split"),
+        (["{model}", "--benchmark", "math500", "--split", "train"], "leave it out"),
+        (["{model}", "--benchmark", "{data}", "--temperature", "inf"], "--temperature"),
+        (["{model}", "--benchmark", "{data}", "--temperature", "nan"], "--temperature"),
+        (["{model}", "--benchmark", "{data}", "--temperature", "1e-40"], "--temperature"),
+        (["{model}", "--benchmark", "{data}", "--top-p", "nan"], "--top-p"),
+        (["{model}", "--benchmark", "{data}", "--top-p", "0"], "--top-p"),
+        (["{model}", "--benchmark", "{data}", "--judge-timeout", "inf"], "--judge-timeout"),
+        (["{model}", "--benchmark", "{data}", "--judge-timeout", "nan"], "--judge-timeout"),
+        (["{model}", "--benchmark", "{data}", "--samples", "100001"], "--samples"),
+        (["{model}", "--benchmark", "{data}", "--seed", "9223372036854775808"], "--seed"),
+        (["{model}", "--benchmark", "{data}", "--stop-strings", ""], "--stop-strings"),
+        (["{model}", "--benchmark", "{data}", "--stop-token-ids", "-1"], "--stop-token-ids"),
+        (["{model}", "--benchmark", "{data}", "-o", "{folder}"], "is a folder"),
+        (["{model}", "--benchmark", "{data}", "-o", "{beside}/pipe"], "--json"),
+        (["{model}", "--benchmark", "{data}", "-o", "{data}/result.json"], "not a directory"),
+        (["{model}", "--benchmark", "{data}", "-o", "/proc/nowhere/result.json"], "cannot be written"),
+        (["{model}", "--benchmark", "{data}", "-o", "evals"], "another name"),
+        (["{model}", "--benchmark", "{data}", "--out", "{data}"], "is a file"),
+        (["{model}", "--benchmark", "{data}", "--out", "/proc/nowhere"], "cannot be written"),
     ],
 )
-def test_bad_input_is_one_message_and_leaves_nothing(checkpoints, dataset, tmp_path, run, arguments, words):
-    filled = [a.format(model=checkpoints / "student", data=dataset / "validation.jsonl") for a in arguments]
-    done = run(*filled)
+def test_bad_input_is_one_message_before_the_model_is_loaded_and_leaves_nothing(
+    checkpoints, dataset, tmp_path, tmp_path_factory, run, monkeypatch, arguments, words
+):
+    loaded = []
+    load_model = subject_module.load_model
+    monkeypatch.setattr(subject_module, "load_model", lambda *given: loaded.append(given) or load_model(*given))
+    beside = tmp_path_factory.mktemp("beside")
+    shutil.copy(dataset / "validation.jsonl", beside)
+    os.mkfifo(beside / "pipe")
+    places = {"model": checkpoints / "student", "data": dataset / "validation.jsonl", "folder": dataset}
+    done = run(*(argument.format(**places, beside=beside) for argument in arguments))
     assert done.returncode == 2
-    assert words in " ".join(done.stderr.split())
+    assert words in " ".join(done.stderr.replace("\u2502", " ").split())
     assert "Traceback" not in done.stderr
+    assert "Errno" not in done.stderr
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+    assert not loaded or "--device" in arguments
+
+
+def test_a_split_of_a_folder_is_asked_and_stops_reach_the_settings(checkpoints, dataset, run):
+    asked = [checkpoints / "student", "--benchmark", dataset, "--split", "validation", "--max-completion-length", 4]
+    asked += ["--stop-strings", ";", "--stop-strings", "=", "--stop-token-ids", 3, "--stop-token-ids", 4, "--json"]
+    (found,) = json.loads(run(*asked).stdout)
+    assert len(found["prompts"]) == len((dataset / "validation.jsonl").read_text().splitlines())
+    settings = found["settings"]
+    assert (settings["split"], settings["stop_strings"], settings["stop_token_ids"]) == (
+        "validation",
+        [";", "="],
+        [3, 4],
+    )
+
+
+def test_an_error_of_the_system_has_no_number(checkpoints, dataset, run, monkeypatch):
+    def full(*given, **options):
+        raise OSError(28, "No space left on device")  # as a write says it, without the file
+
+    monkeypatch.setattr(running, "evaluate_model", full)
+    done = run(checkpoints / "student", "--benchmark", dataset / "validation.jsonl")
+    assert done.returncode == 2
+    assert "no space left on device. Choose another place" in " ".join(done.stderr.split())
+    assert "Errno" not in done.stderr
+
+
+def test_a_judge_that_fails_on_every_answer_is_told_and_ends_with_1(checkpoints, dataset, tmp_path, run, monkeypatch):
+    (tmp_path / "broken.py").write_text(
+        "def always(completion, answer):\n    raise KeyError('no \\x1b[31msuch key')\n"
+        "def sometimes(completion, answer):\n    return always(completion, answer) if answer[-1] in '02468' else True\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    asked = [checkpoints / "student", "--benchmark", dataset / "validation.jsonl", "--max-completion-length", 4]
+    done = run(*asked, "--judge", "broken:always", "-o", "result.json")
+    assert done.returncode == 1
+    for shown in (done.stdout, done.stderr):
+        assert "KeyError: 'no" in " ".join(shown.split())
+        assert "\x1b[31m" not in shown
+    assert "gave no verdict on any answer" in " ".join(done.stderr.split())
+    (stored,) = json.loads((tmp_path / "result.json").read_text())
+    assert stored["failure_message"].startswith("KeyError")
+    some = run(*asked, "--judge", "broken:sometimes")
+    assert (some.returncode, some.stderr) == (0, "")
+    assert "KeyError" in some.stdout
 
 
 def test_greedy_answers_are_asked_for_once_whatever_a_benchmark_usually_gets(
@@ -303,11 +471,9 @@ def test_greedy_answers_are_asked_for_once_whatever_a_benchmark_usually_gets(
 def test_the_model_is_loaded_once_for_all_benchmarks_and_after_the_judges(
     dataset, checkpoints, tmp_path, run, monkeypatch
 ):
-    from stableopd.benchmarking import subject
-
     loaded = []
-    load_model = subject.load_model
-    monkeypatch.setattr(subject, "load_model", lambda *given: loaded.append(given) or load_model(*given))
+    load_model = subject_module.load_model
+    monkeypatch.setattr(subject_module, "load_model", lambda *given: loaded.append(given) or load_model(*given))
     (tmp_path / "other.jsonl").write_text(json.dumps({"question": "12:", "answer": "0"}))
     common = [checkpoints / "student", "--benchmark", dataset / "validation.jsonl", "--benchmark", "other.jsonl"]
     common += ["--greedy", "--num-prompts", 2, "--max-completion-length", 4, "--json"]
@@ -339,8 +505,6 @@ def test_greedy_answers_have_a_mean_of_their_own(settings, dataset, tmp_path, ca
 
 
 def test_the_benchmarks_questions_go_through_the_chat_template_where_there_is_one(settings, tmp_path, tokenizer):
-    from stableopd.benchmarking import running
-
     chatty = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="$", pad_token="_")
     chatty.chat_template = (
         "{% for m in messages %}:{{ m.content }}{% endfor %}{% if add_generation_prompt %};{% endif %}"

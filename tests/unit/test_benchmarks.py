@@ -152,6 +152,50 @@ def test_a_row_without_question_or_answer_is_refused_with_its_place(tmp_path, ro
         load_benchmark(str(path))
 
 
+@pytest.mark.parametrize("answer", [float("nan"), float("inf"), ["2"], {"value": 2}, [["2"]], " "])
+def test_an_answer_that_is_no_text_and_no_finite_number_is_refused_with_its_place(tmp_path, answer):
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "answer": "1"}) + "\n" + json.dumps({"prompt": "b", "answer": answer}))
+    with pytest.raises(DataError, match=r"line 2: .*answer"):
+        load_benchmark(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [("gsm8k", "no hashes"), ("olympiadbench", ["2", None]), ("olympiadbench", [["2"]]), ("math500", ["2"])],
+)
+def test_a_copy_whose_answers_are_of_another_kind_is_refused_with_the_row(tmp_path, name, answer):
+    spec, path = REGISTRY[name], tmp_path / "copy.json"
+    path.write_text(json.dumps([{spec.question_column: "a", spec.answer_column: answer}]))
+    with pytest.raises(DataError, match="row 1: "):
+        load_benchmark(f"{name}={path}")
+
+
+@pytest.mark.parametrize(
+    ("listed", "reference", "right", "wrong"),
+    [
+        (["$2$"], "2", "2", "3"),
+        (["2"], "2", "2", "3"),
+        (["$\\frac{1}{2}$"], "\\frac{1}{2}", "0.5", "2"),
+        (["$2$", "$-3$"], "2, -3", "2, -3", "2"),
+        (["$$2$$"], "2", "2", "3"),
+        (["$x=1$, $y=2$"], "$x=1$, $y=2$", "x=1, y=2", "y=2"),
+        (["$x=1$ or $x=2$"], "$x=1$ or $x=2$", "x=1, x=2", "2"),
+        (["$2$", "$x=1$ or $x=3$"], "$2$, $x=1$ or $x=3$", "2, x=1, x=3", "x=3"),
+        (["(1,2)", "(3,4)"], "(1,2), (3,4)", "(1,2), (3,4)", "(1,2)"),
+        (["$\\$5$"], "$\\$5$", "5", "6"),
+    ],
+)
+def test_dollars_around_a_whole_text_alone_are_left_off_and_math_verify_reads_what_is_left(
+    listed, reference, right, wrong
+):
+    pytest.importorskip("math_verify")
+    assert listed_answers(listed) == reference
+    judge = get_judge("math")
+    assert judge(f"So it is $\\boxed{{{right}}}$.", reference)
+    assert not judge(f"So it is $\\boxed{{{wrong}}}$.", reference)
+
+
 def test_answers_are_taken_out_of_their_columns():
     assert answer_behind_hashes("a #### b #### -1,234,567.5") == "-1234567.5"
     with pytest.raises(DataError, match="####"):

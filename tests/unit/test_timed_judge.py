@@ -52,6 +52,14 @@ def judge(completion, answer):
     return completion == answer
 
 def extract(completion):
+    if completion == "votes":
+        raise ValueError("strange vote")
+    if completion == "set":
+        return {"one", "two", "three", "four"}
+    if completion == "list":
+        return ["1", object]
+    if completion == "number":
+        return 3
     return completion[:1] or None
 
 judge.extract = extract
@@ -79,6 +87,17 @@ def test_whatever_a_judge_does_costs_its_answer_alone(name):
     assert "strange output" in found[3].message
     assert "1 s" in found[1].message
     assert found[0].vote == "2"
+
+
+def test_a_vote_of_any_kind_is_text_or_none_and_never_costs_the_verdict(name):
+    votes = []
+    for _ in range(2):  # processes of their own, in which sets have orders of their own
+        with TimedJudge(name) as judge:
+            found = [judge.judge(answer, answer) for answer in ("votes", "set", "list", "number", "2")]
+        assert all(one.right and one.failure is None for one in found)
+        votes.append([one.vote for one in found])
+    assert votes[0] == [None, "['four', 'one', 'three', 'two']", "['1', <class 'object'>]", "3", "2"]
+    assert votes[1] == votes[0]
 
 
 def test_several_workers_answer_in_order_and_one_that_hangs_holds_up_no_other(name):

@@ -7,9 +7,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from stableopd.lines import append_line, write_atomically
+from stableopd.types import FinishReason
+
+_LONGEST = 100_000_000
+"""Most tokens that any answer may have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,10 +58,22 @@ class AnswerStore:
 
 
 def _answer(line: str) -> Answer | None:
+    """The answer of a line; None for one that is torn, or holds what no answer has."""
     try:
-        return Answer(**json.loads(line))
-    except (ValueError, TypeError):
+        answer = Answer(**json.loads(line))
+    except (ValueError, TypeError, RecursionError):
         return None
+    return answer if _is_possible(answer) else None
+
+
+def _is_possible(answer: Answer) -> bool:
+    return (
+        all(type(number) is int for number in (answer.prompt, answer.sample, answer.num_tokens))
+        and min(answer.prompt, answer.sample) >= 0
+        and 1 <= answer.num_tokens <= _LONGEST
+        and isinstance(answer.text, str)
+        and answer.finish_reason in get_args(FinishReason)
+    )
 
 
 def key_of(parts: Mapping[str, Any]) -> str:

@@ -38,16 +38,27 @@ def main() -> None:
         print(json.dumps(verdict), file=replies)
 
 
-def _judged(judge: Callable[[str, str], object], vote: Callable[[str], str | None], asked: dict[str, Any]) -> Any:
+def _judged(judge: Callable[[str, str], object], vote: Callable[[str], object], asked: dict[str, Any]) -> Any:
     try:
         verdict = judge(asked["completion"], asked["answer"])
         if hasattr(verdict, "item"):  # numpy's booleans
             verdict = verdict.item()
         if not isinstance(verdict, bool | int):
             raise TypeError(f"a judge says True or False, not {verdict!r}")
-        return {"right": bool(verdict), "vote": vote(asked["completion"])}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:300]}
+    return {"right": bool(verdict), "vote": _vote(vote, asked["completion"])}
+
+
+def _vote(vote: Callable[[str], object], completion: str) -> str | None:
+    """The vote as text, a set in one order in all processes. One that cannot be had leaves the verdict as it is."""
+    try:
+        found = vote(completion)
+        if isinstance(found, set | frozenset):
+            found = sorted(map(str, found))
+        return None if found is None else str(found)
+    except Exception:
+        return None
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,39 @@ class Benchmark:
         return hashlib.blake2b(json.dumps(rows, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
+def load_benchmarks(given: Sequence[str], **options: Any) -> list[Benchmark]:
+    """Several benchmarks (`load_benchmark`), each under a name of its own.
+
+    Raises: ConfigError, too, when two have one name: their results would not be told apart.
+    """
+    found: dict[str, tuple[str, Benchmark]] = {}
+    for one in given:
+        benchmark = load_benchmark(one, **options)
+        if benchmark.name in found:
+            other, _ = found[benchmark.name]
+            if one == other:
+                raise ConfigError(f"the benchmark {one!r} is given twice; leave one out")
+            raise ConfigError(
+                f"the benchmarks {other!r} and {one!r} are both called {benchmark.name!r}, and their results would not "
+                "be told apart. Rename one, or ask them in two calls"
+            )
+        found[benchmark.name] = one, benchmark
+    return [benchmark for _, benchmark in found.values()]
+
+
 def load_benchmark(
     given: str,
     *,
+    split: str | None = None,
     question_column: str | None = None,
     answer_column: str | None = None,
     num_problems: int | None = None,
 ) -> Benchmark:
-    """A benchmark of the registry, a local copy of one (`math500=copy.parquet`), or a JSONL, JSON or Parquet file.
+    """A benchmark of the registry, a local copy of one (`math500=copy.parquet`), or data of one's own: a JSONL, JSON or
+    Parquet file, a folder of them, or a dataset on the hub.
 
     Args:
+        split: of a folder or a dataset on the hub; the registry's benchmarks have theirs.
         question_column, answer_column: in place of the registry's, or of the first of the usual names that is there.
         num_problems: the first so many.
 
@@ -76,10 +100,16 @@ def load_benchmark(
     """
     name, equals, copy = given.partition("=")
     spec = spec_of(name)
+    if not re.search(r"\w", Path(given).name):
+        raise ConfigError(f"the benchmark {given!r} has no name, which its results need; give a file or folder by name")
     if equals and spec is None and not Path(given).exists():
         raise ConfigError(f"{given!r}: {name!r} is no benchmark of the registry{_known(name)}")
     if spec is not None and (equals or not Path(given).exists()):
-        rows = read_rows(copy, setting=f"benchmark {name}") if copy else _from_hub(spec, name)
+        if equals and not copy:
+            raise ConfigError(
+                f"{given!r} names no copy of {name}; give {name}=FILE.parquet, or {name} for that of the hub"
+            )
+        rows = _read(copy, split, f"benchmark {name}") if copy else _from_hub(spec, name)
         return Benchmark(
             name=canonical(name),
             problems=_registered(spec, rows, question_column, answer_column)[:num_problems],
@@ -89,8 +119,12 @@ def load_benchmark(
         )
     if not Path(given).expanduser().exists() and "/" not in given and not Path(given).suffix:
         raise ConfigError(f"there is no benchmark {given!r}{_known(given)}")
-    rows = read_rows(given, setting="the benchmark")
+    rows = _read(given, split, "the benchmark")
     return Benchmark(name=Path(given).stem, problems=_own(rows, question_column, answer_column)[:num_problems])
+
+
+def _read(path: str, split: str | None, setting: str) -> Rows:
+    return read_rows(path, split, setting=setting, split_setting="--split")
 
 
 def _from_hub(spec: BenchmarkSpec, name: str) -> Rows:
@@ -118,11 +152,9 @@ def _registered(
     problems = []
     for number, (place, row) in enumerate(zip(rows.places, rows, strict=True)):
         question = _value(row, question_column or spec.question_column, place, "question")
-        raw = _value(row, answer_column or spec.answer_column, place, "answer")
+        answer = _answer(row, answer_column or spec.answer_column, place, spec.answer_of)
         identity = row.get(spec.id_column) if spec.id_column else None
-        problems.append(
-            Problem(id=str(number if identity is None else identity), prompt=str(question), answer=spec.answer_of(raw))
-        )
+        problems.append(Problem(id=str(number if identity is None else identity), prompt=str(question), answer=answer))
     return problems
 
 
@@ -135,9 +167,20 @@ def _own(rows: Rows, question_column: str | None, answer_column: str | None) -> 
         prompt = _value(row, question, place, "question")
         if not isinstance(prompt, str | list):
             raise DataError(f"{place}: {question!r} is {prompt!r:.80}; a question is a text or a list of chat messages")
-        raw = _value(row, answer, place, "answer")
-        problems.append(Problem(id=str(row.get("id", number)), prompt=prompt, answer=plain_answer(raw)))
+        problems.append(
+            Problem(id=str(row.get("id", number)), prompt=prompt, answer=_answer(row, answer, place, plain_answer))
+        )
     return problems
+
+
+def _answer(row: Mapping[str, Any], column: str, place: Place, answer_of: Callable[[Any], str]) -> str:
+    raw = _value(row, column, place, "answer")
+    try:
+        return answer_of(raw)
+    except DataError as error:
+        raise DataError(
+            f"{place}: {error}. Correct or remove the row, or name another column with --answer-column"
+        ) from None
 
 
 def _value(row: Mapping[str, Any], column: str, place: Place, what: str) -> Any:

@@ -6,6 +6,7 @@ temperature 0.6, 32 answers to each problem of AIME and AMC, one to those of the
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,10 +20,17 @@ INSTRUCTION = "{question}\n\nPlease reason step by step, and put your final answ
 
 
 def plain_answer(value: Any) -> str:
-    """The answer as text; a whole number that was stored as a float loses its point."""
+    """The answer as text; a whole number that was stored as a float loses its point.
+
+    Raises: DataError for what is no single answer: a list, an object, nothing, or a number that is not finite.
+    """
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return str(value).strip()
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    text = str(value).strip()
+    if value is None or isinstance(value, Mapping | list | tuple | set) or not (is_finite and text):
+        raise DataError(f"the answer is {value!r:.80}; it must be a text or a finite number")
+    return text
 
 
 def answer_behind_hashes(value: Any) -> str:
@@ -30,16 +38,23 @@ def answer_behind_hashes(value: Any) -> str:
 
     Raises: DataError when there is no `####`.
     """
-    _, hashes, answer = str(value).rpartition("####")
+    _, hashes, answer = plain_answer(value).rpartition("####")
     if not hashes:
         raise DataError(f"{str(value)[-80:]!r} has no '####' before its answer, as GSM8K's solutions have")
     return re.sub(r"(?<=\d),(?=\d)", "", answer.strip())
 
 
 def listed_answers(value: Any) -> str:
-    """OlympiadBench's answer: one or more texts, perhaps between dollars; several are joined by commas."""
-    several = value if isinstance(value, list | tuple) else [value]
-    return ", ".join(plain_answer(one).strip("$ ") for one in several)
+    """OlympiadBench's answer: one or more texts, perhaps between dollars; several are joined by commas.
+
+    Dollars around a whole text are left off. Where one has more inside, as `$x=1$ or $x=2$`, every text stands between
+    dollars: Math-Verify takes all such formulas together, and of a mixture only some.
+    """
+    texts = [plain_answer(one) for one in (value if isinstance(value, list | tuple) else [value])]
+    bare = [re.sub(r"^(\$\$?)\s*([^$]+?)\s*\1$", r"\2", text) for text in texts]
+    if any("$" in text for text in bare):
+        bare = [text if "$" in text else f"${text}$" for text in bare]
+    return ", ".join(bare)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

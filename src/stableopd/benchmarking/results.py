@@ -33,6 +33,12 @@ class EvalSettings:
     chat: bool = True
     """Questions that are text are put into the chat template, where the tokenizer has one."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    stop_strings: tuple[str, ...] = ()
+    """An answer also ends when its text holds one of these; the tokens that make it up stay."""
+    stop_token_ids: tuple[int, ...] = ()
+    """More ids that end an answer, beside those of tokenizer, chat template and generation_config.json."""
+    split: str | None = None
+    """Of a benchmark of one's own that is a folder or a dataset on the hub."""
     num_problems: int | None = None
     question_column: str | None = None
     answer_column: str | None = None
@@ -86,6 +92,8 @@ class EvalResult:
     num_tokens: int
     generation_s: float
     """Seconds of generation in the session that finished it; 0 where all answers were there already."""
+    failure_message: str = ""
+    """What was the matter with the first answer that could not be judged."""
 
     @property
     def figures(self) -> dict[str, Figure]:
@@ -110,6 +118,11 @@ class EvalResult:
     def max_length(self) -> int:
         return max(length for prompt in self.prompts for length in prompt.lengths)
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether there is a verdict on any answer; where there is none, figures of right answers say nothing."""
+        return any(failure is None for prompt in self.prompts for failure in prompt.failures)
+
     def failures(self, kind: str) -> int:
         """Answers that could not be judged: `timeout` or `error`."""
         return sum(failure == kind for prompt in self.prompts for failure in prompt.failures)
@@ -127,8 +140,9 @@ class EvalResult:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> EvalResult:
         """Raises: KeyError or TypeError for a record of something else."""
-        own = {name: record[name] for name in cls.__dataclass_fields__}
-        own["settings"] = EvalSettings(**own["settings"])
+        own = {name: record[name] for name in cls.__dataclass_fields__ if name in record}
+        stops = {name: tuple(own["settings"].get(name, ())) for name in ("stop_strings", "stop_token_ids")}
+        own["settings"] = EvalSettings(**{**own["settings"], **stops})
         own["prompts"] = [PromptResult(**prompt) for prompt in own["prompts"]]
         return cls(**own)
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import stableopd
 from stableopd.benchmarking.cache import Answer, AnswerStore, key_of
-from stableopd.benchmarking.loading import Benchmark, load_benchmark
+from stableopd.benchmarking.loading import Benchmark, Problem, load_benchmark
 from stableopd.benchmarking.results import EvalResult, EvalSettings, PromptResult
 from stableopd.benchmarking.subject import Subject, load_subject
 from stableopd.benchmarking.timed import Judged, TimedJudge
@@ -22,6 +23,7 @@ from stableopd.errors import ConfigError
 from stableopd.evaluate import decode
 from stableopd.health.signals import repetition_rate
 from stableopd.lines import write_atomically
+from stableopd.recorder import lock_folder
 from stableopd.rollout.hf import HFEngine
 from stableopd.types import Example, Sampling
 from stableopd.vocabulary import pad_token_id, vocab_size
@@ -43,14 +45,15 @@ def evaluate_model(
 
     Answers are kept by weights, prompts and sampling: what was generated is never generated again, another judge or
     fewer samples take the same answers, and an evaluation that was killed goes on where it was. An answer depends on
-    (seed, number of the question, number of the answer) alone.
+    (seed, number of the question, number of the answer) alone. A folder of answers has one writer at a time.
 
     Args: `subject` is the model of these settings where it is loaded already.
 
-    Raises: ConfigError, DataError or ModelError when it cannot be made.
+    Raises: ConfigError, DataError or ModelError when it cannot be made; RunFolderError while another process makes it.
     """
     benchmark = load_benchmark(
         settings.benchmark,
+        split=settings.split,
         question_column=settings.question_column,
         answer_column=settings.answer_column,
         num_problems=settings.num_problems,
@@ -63,12 +66,33 @@ def evaluate_model(
         subject = subject or load_subject(settings)
         examples = _examples(benchmark, settings, subject)
         settings = replace(settings, max_completion_length=_longest_answer(settings, subject, examples))
-        store = AnswerStore(out / _folder_name(settings, benchmark, subject, examples))
-        began = time.perf_counter()
-        generated = _generate(subject, settings, examples, store, progress)
-        seconds = time.perf_counter() - began if generated else 0.0
-        prompts = _judge(benchmark, settings, store, judge, progress)
-    result = EvalResult(
+        folder = out / _folder_name(settings, benchmark, subject, examples)
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock_folder(folder):  # one that mends a torn last line would lose what another writes meanwhile
+            result = _result(benchmark, settings, subject, examples, AnswerStore(folder), judge, progress)
+            name = f"result-{settings.num_samples}-{key_of({'judge': settings.judge})}.json"
+            write_atomically(folder / name, result.dump())
+    return result
+
+
+def _result(
+    benchmark: Benchmark,
+    settings: EvalSettings,
+    subject: Subject,
+    examples: Sequence[Example],
+    store: AnswerStore,
+    judge: TimedJudge,
+    progress: Progress,
+) -> EvalResult:
+    began = time.perf_counter()
+    generated = _generate(subject, settings, examples, store, progress)
+    seconds = time.perf_counter() - began if generated else 0.0
+    verdicts = _judge(benchmark, settings, store, judge, progress)
+    prompts = [
+        _prompt_result(problem, _answers(number, settings, store), judged, settings)
+        for number, (problem, judged) in enumerate(zip(benchmark.problems, verdicts, strict=True))
+    ]
+    return EvalResult(
         settings=settings,
         benchmark=benchmark.name,
         benchmark_digest=benchmark.digest(),
@@ -77,10 +101,8 @@ def evaluate_model(
         prompts=prompts,
         num_tokens=sum(length for prompt in prompts for length in prompt.lengths),
         generation_s=round(seconds, 3),
+        failure_message=next((one.message for judged in verdicts for one in judged if one.failure), ""),
     )
-    name = f"result-{settings.num_samples}-{key_of({'judge': settings.judge})}.json"
-    write_atomically(store.folder / name, result.dump())
-    return result
 
 
 def _examples(benchmark: Benchmark, settings: EvalSettings, subject: Subject) -> list[Example]:
@@ -109,7 +131,7 @@ def _longest_answer(settings: EvalSettings, subject: Subject, examples: Sequence
 
 def _folder_name(settings: EvalSettings, benchmark: Benchmark, subject: Subject, examples: Sequence[Example]) -> str:
     """MODEL-WEIGHTS/BENCHMARK-KEY: readable, and another one wherever an answer could be another."""
-    sampling = {
+    sampling: dict[str, Any] = {
         "subject": subject.key(),
         "prompts": key_of({"ids": [example.prompt_ids for example in examples]}),
         "temperature": settings.temperature,
@@ -119,6 +141,8 @@ def _folder_name(settings: EvalSettings, benchmark: Benchmark, subject: Subject,
         "seed": settings.seed if settings.temperature else 0,
         "dtype": settings.dtype,
     }
+    if settings.stop_strings:
+        sampling["stop_strings"] = sorted(set(settings.stop_strings))
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", settings.model).strip("_.")[-60:]
     return f"{name}-{subject.weights_digest[:8]}/{re.sub(r'[^A-Za-z0-9_.-]+', '_', benchmark.name)}-{key_of(sampling)}"
 
@@ -145,6 +169,7 @@ def _generate(
         top_k=settings.top_k,
         num_generations=settings.num_samples,
         seed=settings.seed,
+        stop_strings=settings.stop_strings,
     )
     # A few slots' worth at a time: the engine refills slots as answers end, and little is lost to a kill.
     at_once = max(1, 4 * settings.batch_size // settings.num_samples)
@@ -171,22 +196,26 @@ def _generate(
 
 def _judge(
     benchmark: Benchmark, settings: EvalSettings, store: AnswerStore, judge: TimedJudge, progress: Progress
-) -> list[PromptResult]:
-    results = []
+) -> list[list[Judged]]:
+    """Verdicts by question."""
+    verdicts = []
     for number, problem in enumerate(benchmark.problems):
-        answers = [store.answers[number, sample] for sample in range(settings.num_samples)]
-        verdicts = judge.judge_all([(answer.text, problem.answer) for answer in answers])
-        results.append(_result(problem.id, problem.answer, answers, verdicts, settings))
+        answers = _answers(number, settings, store)
+        verdicts.append(judge.judge_all([(answer.text, problem.answer) for answer in answers]))
         progress("judging", number + 1, len(benchmark.problems))
-    return results
+    return verdicts
 
 
-def _result(
-    identity: str, answer: str, answers: Sequence[Answer], verdicts: Sequence[Judged], settings: EvalSettings
+def _answers(number: int, settings: EvalSettings, store: AnswerStore) -> list[Answer]:
+    return [store.answers[number, sample] for sample in range(settings.num_samples)]
+
+
+def _prompt_result(
+    problem: Problem, answers: Sequence[Answer], verdicts: Sequence[Judged], settings: EvalSettings
 ) -> PromptResult:
     return PromptResult(
-        id=identity,
-        answer=answer,
+        id=problem.id,
+        answer=problem.answer,
         right=[verdict.right for verdict in verdicts],
         votes=[verdict.vote for verdict in verdicts],
         lengths=[one.num_tokens for one in answers],

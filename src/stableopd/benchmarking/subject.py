@@ -20,6 +20,10 @@ from stableopd.vocabulary import end_token_ids
 
 _UNRELATED = frozenset({"_name_or_path", "transformers_version", "architectures", "use_cache"})
 """Keys of a configuration that no answer depends on."""
+_UNRELATED_IN_ADAPTERS = frozenset(
+    {"base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping", "lora_dropout"}
+)
+"""Keys of peft's configuration that no answer depends on: the base tells itself by its weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,13 +43,24 @@ class Subject:
     def key(self) -> str:
         """A short name for what its answers depend on beside the weights: configuration, ends, vocabulary."""
         config: dict[str, Any] = self.model.config.to_dict()  # type: ignore[union-attr, operator]
-        return key_of(
-            {
-                "config": {key: repr(value) for key, value in config.items() if key not in _UNRELATED},
-                "ends": sorted(self.ends),
-                "vocabulary": self.tokenizer.get_vocab(),
-            }
-        )
+        parts: dict[str, Any] = {
+            "config": {key: repr(value) for key, value in config.items() if key not in _UNRELATED},
+            "ends": sorted(self.ends),
+            "vocabulary": self.tokenizer.get_vocab(),
+        }
+        adapters = getattr(self.model, "peft_config", None)
+        if adapters:
+            parts["adapters"] = {name: _of_adapters(settings.to_dict()) for name, settings in adapters.items()}
+        return key_of(parts)
+
+
+def _of_adapters(config: dict[str, Any]) -> dict[str, str]:
+    """Scale, rank and places of adapters, which their weights do not tell; sets in one order in all processes."""
+    return {
+        key: repr(sorted(value, key=str) if isinstance(value, set) else value)
+        for key, value in config.items()
+        if key not in _UNRELATED_IN_ADAPTERS
+    }
 
 
 def load_subject(settings: EvalSettings) -> Subject:
@@ -64,7 +79,7 @@ def load_subject(settings: EvalSettings) -> Subject:
         model=model,
         tokenizer=tokenizer,
         weights_digest=digest_of_weights(model),
-        ends=end_token_ids(tokenizer, getattr(model, "generation_config", None)),
+        ends=end_token_ids(tokenizer, getattr(model, "generation_config", None)) | {*settings.stop_token_ids},
     )
 
 

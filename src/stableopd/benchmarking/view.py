@@ -23,6 +23,8 @@ def print_results(console: Console, results: Sequence[EvalResult]) -> None:
                 console.print(
                     f"[yellow]the judge {what} on {count} answer{'s' if count > 1 else ''}: counted as wrong[/]"
                 )
+        if result.failure_message:
+            console.print(f"[yellow]the first of them: {escape(printable(result.failure_message))}[/]", highlight=False)
     sampled = [result for result in results if result.settings.temperature]
     greedy = [result for result in results if not result.settings.temperature]
     for several, how in ((sampled, ""), (greedy, ", greedy")):
@@ -34,6 +36,11 @@ def print_results(console: Console, results: Sequence[EvalResult]) -> None:
 def to_json(results: Sequence[EvalResult]) -> str:
     """One document: a list of results, each as it is stored."""
     return json.dumps([result.to_json() for result in results], ensure_ascii=False, allow_nan=False)
+
+
+def printable(message: str) -> str:
+    """On one line, and without what a terminal would take for a command."""
+    return "".join(one if one.isprintable() else "\ufffd" for one in " ".join(message.split()))
 
 
 def _table(result: EvalResult) -> Table:

@@ -7,12 +7,16 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 EPILOG = (
     "Examples: [bold]stableopd eval runs/first --benchmark math500[/], [bold]stableopd eval Qwen/Qwen2.5-Math-1.5B "
     "--benchmark aime24 --benchmark aime25[/], [bold]stableopd eval runs/first --benchmark heldout.jsonl --samples 8 "
     "--judge my.package:judge[/]"
 )
+COLDEST = 1e-6
+"""Temperatures between 0, which is greedy, and this one make figures that are not finite of logits."""
+LONGEST_JUDGEMENT_S = 1_000_000.0
 
 
 def evaluate_command(
@@ -23,18 +27,37 @@ def evaluate_command(
         list[str],
         typer.Option(
             help="math500, aime24, aime25, amc, minerva, olympiadbench, gsm8k; a local copy of one as "
-            "math500=copy.parquet; or a .jsonl, .json or .parquet file. May be given several times."
+            "math500=copy.parquet; a .jsonl, .json or .parquet file, a folder of them, or a dataset on the hub. May be "
+            "given several times."
         ),
     ],
+    split: Annotated[
+        str | None, typer.Option(help="Split of a benchmark that is a folder or a dataset on the hub of one's own.")
+    ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Answers to each question; without it 32 for AIME and AMC, 1 for others.")
+        int | None,
+        typer.Option(
+            min=1, max=100_000, help="Answers to each question; without it 32 for AIME and AMC, 1 for others."
+        ),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.6,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the probability sampled from.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Number of tokens sampled from; 0: all.")] = 0,
+    top_k: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Number of tokens sampled from; 0: all.")] = 0,
     max_completion_length: Annotated[
         int | None,
-        typer.Option(min=1, help="Longest answer, in tokens; without it what the model can read, 4096 at most."),
+        typer.Option(
+            min=1, max=100_000_000, help="Longest answer, in tokens; without it what the model can read, 4096 at most."
+        ),
+    ] = None,
+    stop_strings: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="An answer also ends when it holds this. May be given several times."),
+    ] = None,
+    stop_token_ids: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0, max=2**31 - 1, metavar="N", help="An answer also ends with this token. May be given several times."
+        ),
     ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Also answer each question once greedily.")] = False,
     judge: Annotated[
@@ -52,7 +75,7 @@ def evaluate_command(
     chat_template_kwargs: Annotated[
         str | None, typer.Option(metavar="JSON", help="For the chat template, as '{\"enable_thinking\": false}'.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Another set of answers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Another set of answers.")] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cuda, cpu, ...; without it a GPU where there is one.")] = None,
@@ -69,23 +92,32 @@ def evaluate_command(
     """
     from dataclasses import replace
 
-    from stableopd.benchmarking.loading import load_benchmark
+    from stableopd.benchmarking.loading import load_benchmarks
+    from stableopd.benchmarking.registry import spec_of
     from stableopd.benchmarking.results import EvalSettings
     from stableopd.errors import ConfigError, ModelError
     from stableopd.names import is_a_path
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype is {dtype!r}; it must be auto, float32, bfloat16 or float16")
-    if top_p == 0.0:
-        raise ConfigError("--top-p is 0, which leaves nothing to sample from; give more than 0, or --temperature 0")
+    _check_numbers(temperature, top_p, judge_timeout)
+    if "" in (stop_strings or []):
+        raise ConfigError("--stop-strings is empty, and every text holds that; leave it out")
     template_kwargs = _mapping(chat_template_kwargs)
     if is_a_path(model) and not Path(model).expanduser().is_dir():
         raise ModelError(f"there is no folder {model!r} to take the model from")
+    if split is not None and all(spec_of(name) and not Path(name).exists() for name in benchmark):
+        raise ConfigError(f"--split is {split!r}, but the registry's benchmarks have splits of their own; leave it out")
+    _check_places(out, output)
+    found = load_benchmarks(  # all of them are looked at before the first answer
+        benchmark,
+        split=split,
+        question_column=prompt_column,
+        answer_column=answer_column,
+        num_problems=num_prompts,
+    )
     planned = []
-    for name in benchmark:  # all of them are looked at before the first answer
-        loaded = load_benchmark(
-            name, question_column=prompt_column, answer_column=answer_column, num_problems=num_prompts
-        )
+    for name, loaded in zip(benchmark, found, strict=True):
         settings = EvalSettings(
             model=model,
             benchmark=name,
@@ -101,6 +133,9 @@ def evaluate_command(
             dtype=dtype,  # type: ignore[arg-type]
             chat=chat,
             chat_template_kwargs=template_kwargs,
+            stop_strings=tuple(stop_strings or ()),
+            stop_token_ids=tuple(stop_token_ids or ()),
+            split=split,
             num_problems=num_prompts,
             question_column=prompt_column,
             answer_column=answer_column,
@@ -114,7 +149,7 @@ def evaluate_command(
     from stableopd.benchmarking.running import evaluate_model
     from stableopd.benchmarking.subject import load_subject
     from stableopd.benchmarking.timed import TimedJudge
-    from stableopd.benchmarking.view import print_results, to_json
+    from stableopd.benchmarking.view import print_results, printable, to_json
     from stableopd.console import quiet_libraries
     from stableopd.lines import write_atomically
 
@@ -135,6 +170,70 @@ def evaluate_command(
         typer.echo(to_json(results))
     else:
         print_results(Console(), results)
+    unjudged = [result for result in results if not result.is_judged]
+    for result in unjudged:
+        message = (
+            f"{result.benchmark}: the judge {result.settings.judge} gave no verdict on any answer; 0% says nothing. "
+            f"The first time: {printable(result.failure_message)}. Mend it and give the command again: the answers are "
+            "kept"
+        )
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False)
+    if unjudged:
+        raise typer.Exit(1)
+
+
+def _check_numbers(temperature: float, top_p: float, judge_timeout: float) -> None:
+    """Raises: ConfigError for figures that are none, or with which nothing can be sampled or judged."""
+    import math
+
+    from stableopd.errors import ConfigError
+
+    if temperature != 0.0 and not COLDEST <= temperature < math.inf:
+        raise ConfigError(f"--temperature is {temperature:g}; it must be 0, which is greedy, or {COLDEST:g} and more")
+    if not 0.0 < top_p <= 1.0:
+        raise ConfigError(
+            f"--top-p is {top_p:g}, which leaves nothing to sample from; it must be more than 0 and at most 1. For the "
+            "likeliest tokens alone: --temperature 0"
+        )
+    if not judge_timeout <= LONGEST_JUDGEMENT_S:
+        raise ConfigError(
+            f"--judge-timeout is {judge_timeout:g}; it must be at most {LONGEST_JUDGEMENT_S:,.0f} seconds"
+        )
+
+
+def _check_places(out: Path, output: Path | None) -> None:
+    """Raises: ConfigError where answers or the document could not be written, before they have cost hours."""
+    from stableopd.errors import ConfigError
+
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; answers and results need a folder. Choose another one")
+    _check_writable("--out", out, out)
+    if output is None:
+        return
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a folder; give the name of a file, such as {output / 'result.json'}")
+    if output.exists() and not output.is_file():
+        raise ConfigError(f"--output {output} is no file to be replaced; --json writes to standard output")
+    if out.resolve().is_relative_to(output.resolve()):
+        raise ConfigError(f"--output {output} would lie where the folder of --out {out} is to be; give another name")
+    _check_writable("--output", output, output.parent)
+
+
+def _check_writable(option: str, given: Path, folder: Path) -> None:
+    """Makes a nameless file in the folder, or where it will be made."""
+    from tempfile import TemporaryFile
+
+    from stableopd.errors import ConfigError
+
+    nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    try:
+        with TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {given} cannot be written: {nearest}: {(error.strerror or str(error)).lower()}. Choose another "
+            "place, or see to what is there and its permissions"
+        ) from error
 
 
 def _mapping(given: str | None) -> dict[str, Any]:
