@@ -284,7 +284,7 @@ def test_what_the_runs_read_is_looked_for_before_the_first_is_started(tmp_path):
     lacking = study(
         base={**base, "evaluation": {"path": here, "judge": "no.such:judge"}},
         methods={"opd": {"data": {"path": absent}}, "grpo": {"objective": {"reward": {"function": "nothing"}}}},
-        final={"benchmarks": ["math5000"]},
+        final={"benchmarks": ["math5000", "aime24", "AIME2024", here]},
         cold_start={"student": {"model_name_or_path": "./no_model"}},
     )
     with pytest.raises(ConfigError) as caught:
@@ -292,6 +292,7 @@ def test_what_the_runs_read_is_looked_for_before_the_first_is_started(tmp_path):
     told = str(caught.value)
     for words in (
         f"data.path: {absent} does not exist", "evaluation.judge", "objective.reward.function", "'math5000' is no",
+        "aime24 and AIME2024 are both called 'aime24'",
         "student.model_name_or_path: ./no_model does not exist",
     ):  # fmt: skip
         assert told.count(words) == 1, (words, told)

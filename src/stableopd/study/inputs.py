@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from stableopd.benchmarking.registry import spec_of
+from stableopd.benchmarking.registry import canonical, spec_of
 from stableopd.config import StableOPDConfig
 from stableopd.errors import ConfigError, DataError, MissingDependencyError
 from stableopd.judges import get_judge
@@ -31,11 +31,23 @@ def check_inputs(study: StudyConfig, cells: Sequence[Cell]) -> None:
             get_judge(name, setting)
         except (ConfigError, DataError, MissingDependencyError) as error:
             problems[str(error)] = None
-    for name in study.final.benchmarks if study.final else ():
-        if spec_of(name.partition("=")[0]) is None and not Path(name).expanduser().exists():
-            problems[f"final.benchmarks: {name!r} is no benchmark of the registry and no file"] = None
+    problems |= dict.fromkeys(_wrong_benchmarks(study.final.benchmarks if study.final else ()))
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _wrong_benchmarks(names: Sequence[str]) -> Iterator[str]:
+    """Benchmarks that are not there, and two whose answers would be one another's."""
+    seen: dict[str, str] = {}
+    for name in names:
+        known = spec_of(name.partition("=")[0]) is not None
+        on_the_hub = "/" in name and not looks_local(name)
+        if not known and not on_the_hub and not Path(name).expanduser().exists():
+            yield f"final.benchmarks: {name!r} is no benchmark of the registry and no file"
+        called = canonical(name.partition("=")[0]) if known else Path(name).stem
+        if called in seen:
+            yield f"final.benchmarks: {seen[called]} and {name} are both called {called!r}: rename one of them"
+        seen[called] = name
 
 
 def _files(config: StableOPDConfig) -> Iterator[tuple[str, str]]:
