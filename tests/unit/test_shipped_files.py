@@ -93,7 +93,7 @@ def test_the_stored_results_of_studies_are_those_of_their_settings():
             assert outcome.digest == digests[outcome.key], outcome.key
 
 
-@pytest.mark.parametrize("name", ["toy-main", "toy-long", "toy-defaults"])
+@pytest.mark.parametrize("name", ["toy-main", "toy-long", "toy-a", "toy-defaults"])
 def test_the_tables_of_the_study_are_those_of_its_stored_results(name, tmp_path):
     study = load_study(ROOT / "studies" / f"{name}.yaml", (f"output_dir={tmp_path}",))
     (tmp_path / "results.jsonl").write_bytes((ROOT / "docs" / "results" / f"{name}.jsonl").read_bytes())
