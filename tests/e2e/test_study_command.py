@@ -129,6 +129,8 @@ def test_a_result_that_cannot_be_read_fails_alone(finished, tmp_path):
     assert done.returncode == 1
     assert "failed answers runs/pair/opd/seed-0: its result cannot be read" in " ".join(done.stdout.split())
     assert [one.arm for one in read_outcomes(tmp_path / "out" / "results.jsonl")] == ["stableopd"]
+    run(moved)
+    assert [one.arm for one in read_outcomes(tmp_path / "out" / "results.jsonl")] == ["stableopd", "opd"]
 
 
 def test_finished_runs_of_other_settings_are_never_mixed_in(finished):

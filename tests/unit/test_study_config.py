@@ -9,7 +9,7 @@ from stableopd.errors import ConfigError
 from stableopd.study.cells import cells_of
 from stableopd.study.config import StudyConfig, load_study
 from stableopd.study.final import protocol
-from stableopd.study.inputs import check_inputs
+from stableopd.study.inputs import check_contents, check_inputs, contents_of
 from stableopd.study.layers import merged
 from stableopd.study.outcome import Outcome, read_outcomes
 from stableopd.study.running import _without_twins, settings_digest
@@ -121,6 +121,8 @@ def test_all_methods_of_a_pair_and_seed_begin_with_the_student_of_one_cold_start
     assert by_method["opd", "q"].cold_start.run_dir == first.cold_start.run_dir  # another teacher alone
     assert by_method["opd", "r"].cold_start.run_dir != first.cold_start.run_dir  # another student
     assert by_method["sft", "p"].cold_start is None
+    other = {"max_steps": 30, "data": {"path": "cold.jsonl"}, "learning_rate": 0.1}
+    assert cells_of(study(cold_start=other))[0].cold_start.run_dir != first.cold_start.run_dir
     assert by_method["sft", "p"].config.student.model_name_or_path == "s"
 
 
@@ -182,6 +184,9 @@ def test_the_digest_is_that_of_what_matters_to_the_result():
     assert digest(cold_start={"max_steps": 3}) != digest(cold_start={"max_steps": 4})
     cold = {"cold_start": {"max_steps": 3}}
     assert digest(**cold) == digest(**cold, output_dir="moved")
+    ahead = {**BASE, "rollout": {"pipeline": True}, "objective": {"correction": {"kind": "truncate"}}}
+    assert digest(base=ahead) != digest(base={**ahead, "checkpoint": {"every_steps": 9}})
+    assert digest() == digest(base={**BASE, "rollout": {"temperature": 1.0}})  # a default that is written out
     assert digest(late_fraction=0.5) == digest()  # what the evaluations make of it is not stored
     asked = {"base": ASKED, "final": {"num_prompts": 5}}
     assert len({digest(**asked), digest(base=ASKED), digest(base=ASKED, final={"num_prompts": 6})}) == 3
@@ -220,6 +225,7 @@ def test_the_digest_is_that_of_what_matters_to_the_result():
         ({"methods": {"opd": {"start": "nowhere"}}}, "cold_start or student"),
         ({"methods": {"opd": {"grid": {"lambda_gold": 1.0}}}}, "maps keys to lists"),
         ({"methods": {"../opd": {}}}, "methods"),
+        ({"methods": {"opd": {"grid": {1: [2]}}}}, "methods.opd.grid: keys are the dotted names"),
         ({"world": {**WORLD, "teachers": {"a": {"habit": "lazy"}}}}, "world.teachers.a.habit"),
         ({"sedes": [1]}, "did you mean 'seeds'"),
     ],
@@ -269,6 +275,10 @@ def test_final_answers_are_asked_for_as_the_runs_own_evaluations_are():
         "--stop-strings": ["END", "STOP"], "--stop-token-ids": [3], "--chat-template-kwargs": {"think": False},
         "--judge": "math", "--judge-timeout": 3.0, "--seed": 0,
     }  # fmt: skip
+    other = asked.final.model_copy(update={"seed": 5, "temperature": 0.9, "num_prompts": 7, "greedy": False})
+    changed = protocol(other, cells_of(asked)[0].config)
+    assert [changed[name] for name in ("--seed", "--temperature", "--num-prompts")] == [5, 0.9, 7]
+    assert "--greedy" not in changed
     named = study(base=base, final={"benchmarks": ["math500"], "judge": "exact", "top_p": 1.0})
     options = protocol(named.final, cells_of(named)[0].config)
     assert not {"--split", "--prompt-column", "--answer-column"} & options.keys()  # they are those of the run's data
@@ -299,6 +309,34 @@ def test_what_the_runs_read_is_looked_for_before_the_first_is_started(tmp_path):
     unasked = study(final={})
     with pytest.raises(ConfigError, match="final has nothing to ask"):
         settings_digest(unasked, cells_of(unasked)[0])
+
+
+def test_a_judge_is_tried_in_a_process_of_its_own(tmp_path, monkeypatch, capfd):
+    (tmp_path / "leaving.py").write_text("print('hello')\nraise SystemExit(7)")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "held_out.jsonl").touch()
+    held_out = str(tmp_path / "held_out.jsonl")
+    base = {**BASE, "data": {"path": held_out}, "evaluation": {"path": held_out, "judge": "leaving:judge"}}
+    left = study(base=base)
+    with pytest.raises(ConfigError, match=r"evaluation.judge: .*its process ended with status 7"):
+        check_inputs(left, cells_of(left))
+    assert "hello" not in capfd.readouterr().out
+
+
+def test_runs_on_prompts_that_have_changed_since_are_not_mixed(tmp_path):
+    (tmp_path / "d.jsonl").write_text("one")
+    base = {**BASE, "data": {"path": str(tmp_path / "d.jsonl")}}
+    cells = cells_of(study(base=base, cold_start={"max_steps": 1}))
+    done = Outcome(
+        arm="opd", pair="pair", seed=0, digest="", figures={}, verdict="", headline="", inputs=contents_of(cells[0])
+    )
+    assert done.inputs.keys() == {"data.path", "cold_start.data.path"}
+    check_contents(cells, [done])
+    (tmp_path / "d.jsonl").write_text("another")
+    with pytest.raises(ConfigError, match=r"the file of data.path has changed since opd of pair, seed 0"):
+        check_contents(cells, [done])
+    (tmp_path / "d.jsonl").unlink()
+    check_contents(cells, [done])  # a report needs no data
 
 
 def test_runs_that_cannot_be_are_refused_together_before_any_is_started():

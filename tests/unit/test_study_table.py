@@ -17,7 +17,7 @@ from stableopd.study.outcome import Outcome, append_outcome, outcome_of_run, rea
 from stableopd.study.report import headline, markdown, render_study, write_study
 from stableopd.study.running import StudyRun
 from stableopd.study.table import rows_by_pair, rows_of, score
-from stableopd.study.view import cells_of_row, columns, note, print_study, to_json
+from stableopd.study.view import cells_of_row, columns, note, print_study, to_json, warnings
 
 NASTY = "</script><script>alert(1)</script>[bold]"
 
@@ -121,6 +121,72 @@ def test_figures_of_a_run_folder_tell_a_collapsed_run_from_a_healthy_one(tmp_pat
     assert curves["accuracy"][-1][1] == pytest.approx(well["end_accuracy"], abs=1e-4)
 
 
+def test_figures_at_the_end_are_the_last_ones_and_the_accuracy_curve_is_kept_whole(tmp_path):
+    run = read_run(write_collapsing_run(tmp_path / "opd"))
+    figures, _ = outcome_of_run(run, "held_out")
+    for figure, key in (
+        ("greedy_accuracy", "eval/held_out_greedy/accuracy"), ("end_length", "completions/mean_length"),
+        ("greedy_truncation", "eval/held_out_greedy/truncation_rate"), ("end_accuracy", "eval/held_out/accuracy"),
+    ):  # fmt: skip
+        values = [value for _, value in run.values(key)]
+        assert values[0] != values[-1] == figures[figure]
+    rows = [{"step": step, "eval/held_out/accuracy": 0.5, "completions/mean_length": 9.0} for step in range(350)]
+    _, curves = outcome_of_run(replace(run, metrics=tuple(rows)), "held_out")
+    assert len(curves["accuracy"]) == 350
+    assert len(curves["length"]) <= 101
+
+
+def test_greedy_columns_are_of_the_final_benchmark_where_it_was_answered_greedily():
+    figures = {"greedy_accuracy": 0.1, "greedy_truncation": 0.2, "best_accuracy": 0.9}
+    final = {"final_greedy_accuracy": 0.3, "final_greedy_truncation": 0.4}
+    for given, shown in ((figures, ["0.100", "0.200"]), ({**figures, **final}, ["0.300", "0.400"])):
+        run = a_run([outcome("opd", figures=given)])
+        (row,) = rows_of(run)
+        cells = dict(zip(columns(run), cells_of_row(row), strict=True))
+        assert [cells[name] for name in ("greedy", "cut off")] == shown
+
+
+def test_runs_that_answered_other_prompts_than_others_still_count_by_their_answers():
+    def answered(arm: str, pair: str, answers: list[float]) -> Outcome:
+        return outcome(arm, pair, accuracy=0.1, answers={"b": answers}, benchmarks={"b": pair})
+
+    (row,) = rows_of(a_run([answered("stableopd", "p", [1, 1]), answered("stableopd", "q", [1, 0])]))
+    assert row.accuracy.mean == 0.75
+
+
+def test_answers_without_a_verdict_are_told_wherever_the_table_is():
+    failing = outcome("opd", figures={"judge_failures": 15.0})
+    run = a_run([outcome("stableopd"), failing])
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_study(console, run)
+    told = "the judge gave no verdict on some final answers, which count as wrong: opd 15"
+    for text in (markdown(run), render_study(run), " ".join(console.export_text().split()), to_json(run)):
+        assert told in text
+    assert warnings(a_run(two_methods(0.1))) == []
+
+
+def test_methods_keep_the_order_of_the_configuration_whichever_run_is_missing():
+    run = a_run([outcome("opd", seed=0), outcome("stableopd", seed=1), outcome("opd", seed=1)])
+    assert [row.arm for row in rows_of(run)] == ["stableopd", "opd"]
+
+
+def test_a_report_on_a_part_of_a_study_says_so():
+    run = a_run(two_methods(0.1))
+    part = replace(run, study=run.study.only(["opd"]))
+    assert headline(part, rows_of(part)).startswith("opd alone: ")
+    assert "alone" not in headline(run, rows_of(run))
+
+
+def test_a_tie_is_not_better():
+    runs = [outcome("stableopd", accuracy=0.5), outcome("opd", accuracy=0.5)]
+    assert rows_of(a_run(runs))[1].better == 0
+
+
+def test_the_health_table_has_means_over_runs():
+    runs = [outcome("opd", seed=seed, figures={"worst_truncation": share}) for seed, share in enumerate((0.2, 0.6))]
+    assert '<td class="number">40%</td>' in render_study(a_run(runs))
+
+
 def test_late_accuracy_is_the_mean_of_the_last_evaluations(tmp_path):
     run = read_run(write_healthy_run(tmp_path / "well"))
     points = run.values("eval/held_out/accuracy")
@@ -151,7 +217,8 @@ def test_results_are_read_as_they_were_written_and_a_torn_last_line_is_left_out(
     assert len(read_outcomes(path)) == len(runs) + 1
     for bad in (
         {"arm": "x"}, {"figures": {"late_accuracy": "high"}}, {"figures": {"late_accuracy": float("nan")}},
-        {"answers": {"b": ["right"]}}, {"curves": {"accuracy": [1, 2]}}, {"seed": None}, {"more": 1},
+        {"answers": {"b": ["right"]}}, {"answers": {"b": [7.0]}}, {"curves": {"accuracy": [1, 2]}}, {"seed": None},
+        {"more": 1},
     ):  # fmt: skip
         line = bad if "arm" in bad else {**json.loads(whole.split(b"\n")[0]), **bad}
         path.write_bytes(json.dumps(line).encode() + b"\n" + whole)

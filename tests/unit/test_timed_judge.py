@@ -133,7 +133,7 @@ def test_what_a_judge_started_dies_with_it(name, tmp_path):
 
 def test_a_judge_that_hangs_does_not_outlive_one_who_was_killed(name):
     """The worker is asked by hand, as by someone who has no time left to kill it."""
-    command = [sys.executable, "-m", "stableopd.benchmarking.judge_worker", name]
+    command = [sys.executable, "-m", "stableopd.benchmarking.judge_worker", name, "judge"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
         assert "ready" in json.loads(process.stdout.readline())

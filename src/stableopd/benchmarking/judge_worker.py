@@ -1,4 +1,4 @@
-"""The process that a `TimedJudge` asks: `python -m stableopd.benchmarking.judge_worker NAME`.
+"""The process that a `TimedJudge` asks: `python -m stableopd.benchmarking.judge_worker NAME SETTING`.
 
 Reads lines of {"completion", "answer", "last_resort_s"}, writes lines of {"right", "vote"} or {"error"}. JSON, so that
 nothing that a model wrote is ever executed. The judge, and whatever it starts, have no part in it: they read nothing
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from stableopd.errors import StableOPDError
 from stableopd.judges import get_judge, voter_of
 
 
@@ -23,9 +24,12 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    name = sys.argv[1]
+    name, setting = sys.argv[1:]
     try:
-        judge, vote = get_judge(name, timeout_s=None), voter_of(name)
+        judge, vote = get_judge(name, setting, timeout_s=None), voter_of(name, setting)
+    except StableOPDError as error:
+        print(json.dumps({"refused": str(error)}), file=replies)
+        return
     except Exception as error:  # told to whoever asks, as the name may be a user's
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=replies)
         return

@@ -22,6 +22,8 @@ from stableopd.judges import get_judge
 from stableopd.protocols import Judge
 
 Failure = Literal["timeout", "error"]
+_ENDING_S = 10.0
+"""Longest that a process may take to end whose pipe is closed."""
 _START_S = 120.0
 """Longest that a judge's module may take to be imported."""
 
@@ -156,7 +158,7 @@ class _Worker:
             return self._process
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         process = subprocess.Popen(
-            [sys.executable, "-m", "stableopd.benchmarking.judge_worker", self._name],
+            [sys.executable, "-m", "stableopd.benchmarking.judge_worker", self._name, self._setting],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -165,10 +167,13 @@ class _Worker:
         )
         self._process, self._rest = process, b""
         reply = self._read(process, _START_S)
-        if not reply or "ready" not in json.loads(reply):
+        told = json.loads(reply) if reply else {}
+        if "ready" not in told:
+            ended = process.wait(_ENDING_S) if reply == b"" else None
             self.kill()
-            why = json.loads(reply)["error"] if reply else f"it was not ready within {_START_S:g} s"
-            raise ConfigError(f"{self._setting}: the judge {self._name!r} cannot be used: {why}")
+            late = f"it was not ready within {_START_S:g} s"
+            why = told.get("error", late if ended is None else f"its process ended with status {ended}")
+            raise ConfigError(told.get("refused", f"{self._setting}: the judge {self._name!r} cannot be used: {why}"))
         return process
 
     def _read(self, process: subprocess.Popen[bytes], timeout_s: float) -> bytes | None:

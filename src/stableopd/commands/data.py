@@ -49,7 +49,8 @@ def openr1(
         float | None, typer.Option(min=0, max=1, help="Share of prompts for cold start; default: the paper's 33 of 46.")
     ] = None,
     num_cold_start: Annotated[
-        int | None, typer.Option(min=0, help="Exactly so many prompts for cold start, in place of a share.")
+        int | None,
+        typer.Option(min=0, help="So many prompts for cold start (or all that are not held out), in place of a share."),
     ] = None,
     num_heldout: Annotated[
         int, typer.Option(min=0, help="Prompts kept aside to evaluate on during training, a tenth of all at most.")

@@ -165,12 +165,13 @@ def _kept(journal: Journal) -> Iterator[tuple[int, int, str]]:
 def _thresholds(rows: Iterable[tuple[int, int, str]], recipe: Recipe) -> tuple[int, int]:
     """Draws below the first are the cold start's, those from the second on are held out, which goes before."""
     draws = {draw for draw, _, _ in rows}
+    num_heldout = min(recipe.num_heldout, int(_LARGEST_HELDOUT * len(draws)))
     cold_start = (
         threshold_of_fraction(recipe.cold_start_fraction)
         if recipe.num_cold_start is None
         else threshold_of_number(draws, recipe.num_cold_start)
     )
-    return cold_start, threshold_of_largest(draws, min(recipe.num_heldout, int(_LARGEST_HELDOUT * len(draws))))
+    return cold_start, threshold_of_largest(draws, num_heldout)
 
 
 def _split(journal: Journal, recipe: Recipe, out: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Counter[int]]]:

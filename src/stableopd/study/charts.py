@@ -12,7 +12,7 @@ import numpy as np
 from stableopd.bootstrap import Estimate
 from stableopd.report.charts import PALETTE, Chart, Curve, further_colour
 from stableopd.study.cells import reference_arm
-from stableopd.study.outcome import Outcome, by_arm
+from stableopd.study.outcome import Outcome
 from stableopd.study.running import StudyRun
 from stableopd.study.table import Row, score
 
@@ -43,7 +43,7 @@ def arm_colours(arms: Sequence[str]) -> list[tuple[str, str]]:
 
 def forests(run: StudyRun, rows: Sequence[Row]) -> list[Chart]:
     """Accuracy of every arm with its interval, one dot per run; and the differences from the arm compared with."""
-    arms = by_arm(run.outcomes)
+    arms = run.arms
     numbers = {row.arm: number for number, row in enumerate(rows)}
     scores = {arm: [score(outcome) for outcome in outcomes] for arm, outcomes in arms.items()}
     dots = {arm: [found for found in of_arm if found is not None] for arm, of_arm in scores.items()}
@@ -117,7 +117,7 @@ def curves(run: StudyRun) -> list[Chart]:
     for key, title, unit, caption in PANELS:
         traces: list[dict[str, Any]] = []
         last = 0
-        for number, (arm, outcomes) in enumerate(by_arm(run.outcomes).items()):
+        for number, (arm, outcomes) in enumerate(run.arms.items()):
             steps, table = _aligned(outcomes, key)
             if steps:
                 last = max(last, steps[-1])

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from stableopd.config import explain
 from stableopd.config_files import laid_over, read_yaml
@@ -84,6 +84,7 @@ class StudyConfig(Section):
     launch: tuple[str, ...] = ()
     """What starts a run in place of `python -m stableopd`: torchrun --nproc_per_node 4 -m stableopd."""
     output_dir: str
+    _part: str = PrivateAttr("")
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -108,6 +109,8 @@ class StudyConfig(Section):
             if method.get("start", "cold_start") not in ("cold_start", "student"):
                 raise ValueError(f"methods.{name}.start is {method['start']!r}; it must be cold_start or student")
             grid = method.get("grid", {})
+            if isinstance(grid, dict) and not all(isinstance(key, str) for key in grid):
+                raise ValueError(f"methods.{name}.grid: keys are the dotted names of settings, not {list(grid)}")
             if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
                 raise ValueError(f"methods.{name}.grid maps keys to lists of values")
         return self
@@ -175,7 +178,14 @@ class StudyConfig(Section):
             changes["world"] = self.world.model_copy(update={"teachers": teachers})
         elif pairs and self.pairs:
             changes["pairs"] = {name: given for name, given in self.pairs.items() if name in pairs}
-        return self.model_copy(update=changes)
+        part = self.model_copy(update=changes)
+        part._part = "; ".join(", ".join(names) for names in (methods, pairs) if names)
+        return part
+
+    @property
+    def part(self) -> str:
+        """Which methods and pairs alone this is of a larger study; empty for a whole one."""
+        return self._part
 
 
 def _without_kind(text: str) -> str:

@@ -73,6 +73,7 @@ def final_job(study: StudyConfig, final: FinalConfig, cell: Cell, after: Job) ->
         command=tuple(command),
         stem=cell.folder.with_name(f"{cell.folder.name}.final"),
         after=(after.name,),
+        makes=answers_of(cell),
         settings=final_settings(study, cell),
     )
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from stableopd.benchmarking.registry import canonical, spec_of
+from stableopd.benchmarking.timed import TimedJudge
 from stableopd.config import StableOPDConfig
-from stableopd.errors import ConfigError, DataError, MissingDependencyError
-from stableopd.judges import get_judge
+from stableopd.errors import ConfigError, MissingDependencyError
 from stableopd.names import is_a_path
 from stableopd.reading import looks_local
 from stableopd.study.cells import Cell
 from stableopd.study.config import StudyConfig
+from stableopd.study.outcome import Outcome
 
 
 def check_inputs(study: StudyConfig, cells: Sequence[Cell]) -> None:
@@ -28,12 +31,51 @@ def check_inputs(study: StudyConfig, cells: Sequence[Cell]) -> None:
                     problems[f"{setting}: {name} does not exist (relative paths start at {Path.cwd()})"] = None
     for setting, name in _functions(study, cells):
         try:
-            get_judge(name, setting)
-        except (ConfigError, DataError, MissingDependencyError) as error:
+            with TimedJudge(
+                name, setting=setting
+            ) as judge:  # in a process of its own: it may do anything when imported
+                judge.start()
+        except (ConfigError, MissingDependencyError) as error:
             problems[str(error)] = None
     problems |= dict.fromkeys(_wrong_benchmarks(study.final.benchmarks if study.final else ()))
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def contents_of(cell: Cell) -> dict[str, str]:
+    """A digest of each file of prompts that a run reads, by its setting; of those that are there."""
+    found = {}
+    for prefix, config in (("", cell.config), ("cold_start.", cell.cold_start)):
+        for setting, path in _prompt_files(config) if config else ():
+            if Path(path).expanduser().is_file():
+                found[prefix + setting] = _digest_of_file(Path(path).expanduser())
+    return found
+
+
+def check_contents(cells: Sequence[Cell], known: Sequence[Outcome]) -> None:
+    """Raises: ConfigError for a file that holds something else than when a finished run read it."""
+    results = {outcome.key: outcome for outcome in known}
+    for cell in cells:
+        outcome = results.get((cell.arm, cell.pair, cell.seed))
+        now = contents_of(cell) if outcome is not None and outcome.inputs else {}
+        changed = [name for name, digest in now.items() if outcome and outcome.inputs.get(name, digest) != digest]
+        if changed:
+            raise ConfigError(
+                f"the file of {changed[0]} has changed since {cell.arm} of {cell.pair}, seed {cell.seed} was run, and "
+                "runs on other prompts are not mixed: put the old file back, or choose another output_dir"
+            )
+
+
+def _digest_of_file(path: Path) -> str:
+    stat = path.stat()
+    return _digest_of(path, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _digest_of(path: Path, changed: int, size: int) -> str:
+    """All runs of a study read the same files: each is read once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
 def _wrong_benchmarks(names: Sequence[str]) -> Iterator[str]:
@@ -52,13 +94,7 @@ def _wrong_benchmarks(names: Sequence[str]) -> Iterator[str]:
 
 def _files(config: StableOPDConfig) -> Iterator[tuple[str, str]]:
     """Names that can only be files or folders of this machine."""
-    for setting, path in (
-        ("data.path", config.data.path),
-        ("data.gold_path", config.data.gold_path),
-        ("evaluation.path", config.evaluation.path),
-    ):
-        if path is not None and looks_local(path):
-            yield setting, path
+    yield from _prompt_files(config)
     for setting, model in (
         ("student.model_name_or_path", config.student.model_name_or_path),
         *(
@@ -68,6 +104,16 @@ def _files(config: StableOPDConfig) -> Iterator[tuple[str, str]]:
     ):
         if model is not None and is_a_path(model):
             yield setting, model
+
+
+def _prompt_files(config: StableOPDConfig) -> Iterator[tuple[str, str]]:
+    for setting, path in (
+        ("data.path", config.data.path),
+        ("data.gold_path", config.data.gold_path),
+        ("evaluation.path", config.evaluation.path),
+    ):
+        if path is not None and looks_local(path):
+            yield setting, path
 
 
 def _is_made(study: StudyConfig, name: str) -> bool:

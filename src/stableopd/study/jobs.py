@@ -33,6 +33,8 @@ class Job:
     """Names of jobs that must be done before."""
     begun: Path | None = None
     """A file that is there once the job has something to go on from."""
+    makes: Path | None = None
+    """A file without which it is not made, whatever its record says."""
     settings: str = ""
     """What it is made with: a finished job is taken as it is only where these are the same."""
 
@@ -53,6 +55,8 @@ class Job:
         try:
             found = json.loads(self.record.read_text())
         except (OSError, ValueError):
+            return None
+        if self.makes is not None and not self.makes.exists():
             return None
         return found if isinstance(found, dict) else None
 
@@ -149,11 +153,16 @@ def _is_blocked(job: Job, ended: Mapping[str, Ended]) -> bool:
 
 
 def _start(job: Job, environment: Mapping[str, str] | None) -> _Active:
-    """Its log begins again only where nothing is gone on with. Raises: OSError when its program cannot be started."""
+    """Its log begins anew only where nothing is gone on with: in a new file, for an orphan may still write to the old.
+
+    Raises: OSError when its program cannot be started.
+    """
     job.stem.parent.mkdir(parents=True, exist_ok=True)
     resumed = job.begun is not None and job.begun.exists()
     parts = [part for part in job.command if part != "{resume}" or resumed]
-    log = job.log.open("ab" if resumed else "wb")
+    if not resumed:
+        job.log.unlink(missing_ok=True)
+    log = job.log.open("ab")
     try:
         process = subprocess.Popen(
             ["--resume" if part == "{resume}" else part for part in parts],

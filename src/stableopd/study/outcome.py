@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from stableopd.benchmarking.results import EvalResult
 from stableopd.errors import RunFolderError
@@ -27,6 +27,7 @@ CURVES: Mapping[str, str] = {
     "repeated": "health/repeated_token_fraction",
     "stop_probe": "health/stop_probe",
 }
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 MAX_POINTS = 100
 """Points kept of each curve but the accuracy's, whose last part is a result of its own."""
 
@@ -44,10 +45,12 @@ class Outcome:
     verdict: str
     headline: str
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
-    answers: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    answers: Mapping[str, Sequence[Share]] = field(default_factory=dict)
     """By benchmark the share of right answers to each of its prompts, in its order."""
     benchmarks: Mapping[str, str] = field(default_factory=dict)
     """Digest of each benchmark's prompts: answers are paired only where it is the same."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Digest of each file of prompts that the run read, by its setting."""
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @property
@@ -134,6 +137,8 @@ def with_answers(outcome: Outcome, path: Path) -> Outcome:
             figures[f"{name}_accuracy"] = fmean(result.accuracy.value for result in of_kind)
             figures[f"{name}_truncation"] = fmean(result.figures["truncated_fraction"].value for result in of_kind)
             figures[f"{name}_length"] = fmean(result.figures["length"].value for result in of_kind)
+    unjudged = sum(result.failures(kind) for result in results for kind in ("timeout", "error"))
+    figures["judge_failures"] = float(unjudged)
     chosen = sampled or greedy
     return replace(
         outcome,
@@ -150,13 +155,14 @@ def read_outcomes(path: Path) -> list[Outcome]:
     """
     if not path.exists():
         return []
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.split("\n") if line.strip()]
     found: dict[tuple[str, str, int], Outcome] = {}
     for number, line in enumerate(lines, start=1):
         try:
             outcome = _LINE.validate_json(line)
         except ValidationError as error:
-            if number == len(lines):
+            if number == len(lines) and not text.endswith("\n"):
                 continue  # torn by a kill; the run is collected again
             first = error.errors()[0]
             why = ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")

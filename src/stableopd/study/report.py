@@ -17,10 +17,10 @@ import stableopd
 from stableopd.lines import write_atomically
 from stableopd.report import page_environment
 from stableopd.study.charts import arm_colours, curves, forests, heat_maps
-from stableopd.study.outcome import Outcome, by_arm
+from stableopd.study.outcome import Outcome
 from stableopd.study.running import StudyRun
 from stableopd.study.table import Row, rows_by_pair, rows_of, score
-from stableopd.study.view import cells_of_row, columns, note, shown
+from stableopd.study.view import cells_of_row, columns, note, shown, warnings
 
 
 def write_study(run: StudyRun) -> list[Path]:
@@ -50,6 +50,7 @@ def render_study(run: StudyRun) -> str:
         runs=_runs(run.outcomes, arms),
         failures=run.failures,
         note=note(run),
+        warnings=warnings(run),
         settings=yaml.safe_dump(run.study.model_dump(mode="json", exclude_unset=True), sort_keys=False),
         charts={chart.id: chart.figure for charts in drawn.values() for chart in charts},
         plotly=Markup(get_plotlyjs()),
@@ -74,6 +75,7 @@ def headline(run: StudyRun, rows: Sequence[Row]) -> str:
         text = f"{first[0].arm} ends highest, at {shown(first[0].accuracy)} over {num_runs} run{'s'[: num_runs > 1]}"
     collapsed = [f"{row.arm} {row.collapsed} of {row.num_runs}" for row in rows if row.collapsed]
     text += f"; collapsed: {', '.join(collapsed)}" if collapsed else "; no run collapsed"
+    text = f"{run.study.part} alone: {text}" if run.study.part else text
     missing = len(run.cells) - len(run.outcomes)
     return text + (f" ({missing} of {len(run.cells)} runs are missing)" if missing else "")
 
@@ -91,7 +93,8 @@ def markdown(run: StudyRun) -> str:
         lines = [" | ".join(names), " | ".join("---" for _ in names)]
         lines += [" | ".join(_in_markdown(cell) for cell in cells_of_row(row)) for row in rows]
         parts.append(f"## {_in_markdown(title)}\n\n" + "".join(f"| {line} |\n" for line in lines))
-    return "\n".join([*parts, note(run) + ".\n"])
+    told = [f"{_in_markdown(one)}.\n" for one in [note(run), *warnings(run)]]
+    return "\n".join([*parts, *told])
 
 
 def _in_markdown(cell: str) -> str:
@@ -105,8 +108,7 @@ def _numbered(rows: Sequence[Row], arms: Sequence[str]) -> list[dict[str, Any]]:
 
 def _health(run: StudyRun, arms: Sequence[str]) -> list[dict[str, Any]]:
     return [
-        {"arm": arm, "number": arms.index(arm), "cells": _health_cells(outcomes)}
-        for arm, outcomes in by_arm(run.outcomes).items()
+        {"arm": arm, "number": arms.index(arm), "cells": _health_cells(outcomes)} for arm, outcomes in run.arms.items()
     ]
 
 

@@ -19,9 +19,9 @@ from stableopd.recorder import lock_folder
 from stableopd.study.cells import Cell, cells_of, without_places
 from stableopd.study.config import StudyConfig
 from stableopd.study.final import answers_of, final_job, final_settings
-from stableopd.study.inputs import check_inputs
+from stableopd.study.inputs import check_contents, check_inputs, contents_of
 from stableopd.study.jobs import Ended, Job, run_jobs
-from stableopd.study.outcome import Outcome, append_outcome, read_folder, read_outcomes, with_answers
+from stableopd.study.outcome import Outcome, append_outcome, by_arm, read_folder, read_outcomes, with_answers
 
 RESULTS = "results.jsonl"
 
@@ -36,6 +36,12 @@ class StudyRun:
     """Of the study's own cells, in their order."""
     failures: Sequence[Ended] = field(default=())
     """What failed, or was skipped because of it."""
+
+    @property
+    def arms(self) -> dict[str, list[Outcome]]:
+        """Results by method (and point of its grid), in the order of the configuration."""
+        found = by_arm(self.outcomes)
+        return {arm: found[arm] for arm in dict.fromkeys([*(cell.arm for cell in self.cells), *found]) if arm in found}
 
     @property
     def missing(self) -> list[Cell]:
@@ -79,7 +85,9 @@ def run_study(
                 try:
                     outcome = _outcome(study, twins[0])
                 except (StableOPDError, OSError, ValueError) as error:
-                    ended = replace(ended, status="failed", why=f"its result cannot be read: {error}")
+                    ended.job.record.unlink(missing_ok=True)
+                    why = f"its result cannot be read, and is made again the next time: {error}"
+                    ended = replace(ended, status="failed", why=why)
                     unread.append(ended)
                 else:
                     for cell in twins:
@@ -155,6 +163,7 @@ def _key(cell: Cell) -> tuple[str, str, int]:
 
 
 def _check_unchanged(study: StudyConfig, cells: Sequence[Cell], known: Sequence[Outcome]) -> None:
+    check_contents(cells, known)
     made = {outcome.key: outcome.digest for outcome in known}
     changed = [cell for cell in cells if made.get(_key(cell)) not in (None, settings_digest(study, cell))]
     if changed:
@@ -167,8 +176,10 @@ def _check_unchanged(study: StudyConfig, cells: Sequence[Cell], known: Sequence[
 
 
 def settings_digest(study: StudyConfig, cell: Cell) -> str:
-    """Of the settings that were given for a run, its cold start, its world and its final answers: neither defaults nor
-    places, so that a study may be moved and the package updated."""
+    """Of the settings of a run, its cold start, its world and its final answers.
+
+    Defaults and places are left out: a study may be moved, and a default written out.
+    """
     configs = [cell.config, *([cell.cold_start] if cell.cold_start else [])]
     given = [_settings(study, config) for config in configs]
     world = study.world.made_with(cell.pair, cell.seed) if study.world else ""
@@ -176,14 +187,18 @@ def settings_digest(study: StudyConfig, cell: Cell) -> str:
 
 
 def _settings(study: StudyConfig, config: StableOPDConfig) -> str:
-    given = config.model_dump(mode="json", exclude_unset=True, exclude=_no_result(config))
+    given = config.model_dump(mode="json", exclude_defaults=True, exclude=_no_result(config))
     return json.dumps(without_places(given, study), sort_keys=True)
 
 
 def _no_result(config: StableOPDConfig) -> dict[str, Any]:
-    """Settings that do not change what comes out. How often a checkpoint is written does, where a run may go back."""
+    """Settings that do not change what comes out.
+
+    How often a checkpoint is written does, where a run may go back to one, and where it interrupts a pipeline.
+    """
     left_out = {"output_dir": True, "logging": True, "num_processes": True}
-    return left_out if config.health.actions == "rollback" else {**left_out, "checkpoint": True}
+    counts = config.health.actions == "rollback" or config.rollout.pipeline
+    return left_out if counts else {**left_out, "checkpoint": True}
 
 
 def _jobs(study: StudyConfig, cell: Cell) -> list[Job]:
@@ -208,7 +223,7 @@ def _training(study: StudyConfig, what: str, config: StableOPDConfig, after: Seq
         command=(*launch, "train", str(path), "{resume}"),
         stem=folder,
         after=tuple(job.name for job in after),
-        begun=folder / "config.yaml",
+        begun=folder,
         settings=_settings(study, config),
     )
 
@@ -222,6 +237,7 @@ def _outcome(study: StudyConfig, cell: Cell) -> Outcome:
         digest=settings_digest(study, cell),
         name=cell.config.evaluation.name,
     )
+    outcome = replace(outcome, inputs=contents_of(cell))
     return with_answers(outcome, answers_of(cell)) if study.final is not None else outcome
 
 

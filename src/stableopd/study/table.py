@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from stableopd.bootstrap import Answers, Estimate, mean_of_answers, mean_of_runs, paired_difference
 from stableopd.study.cells import reference_arm
-from stableopd.study.outcome import Outcome, by_arm
+from stableopd.study.outcome import Outcome
 from stableopd.study.running import StudyRun
 
 MEANS = (
@@ -32,7 +32,7 @@ class Row:
     arm: str
     num_runs: int
     accuracy: Estimate | None
-    """Answers to the final benchmark where there are some, else the late accuracy of the runs."""
+    """Of the answers to the final benchmarks where there are some, else the late accuracy of the runs."""
     difference: Estimate | None
     """From the method compared with, on the same pairs, seeds and prompts; None for that method itself."""
     better: int
@@ -48,7 +48,7 @@ class Row:
 
 def rows_of(run: StudyRun) -> list[Row]:
     """A row for every arm of the study that has results, in the order of the configuration."""
-    arms = by_arm(run.outcomes)
+    arms = run.arms
     base = arms.get(reference_arm(run.study), [])
     return [_row(arm, outcomes, base, run.study.confidence) for arm, outcomes in arms.items()]
 
@@ -60,7 +60,8 @@ def rows_by_pair(run: StudyRun) -> dict[str, list[Row]]:
         return {}
     tables = {}
     for pair in pairs:
-        arms = by_arm(outcome for outcome in run.outcomes if outcome.pair == pair)
+        of_pair = {arm: [one for one in outcomes if one.pair == pair] for arm, outcomes in run.arms.items()}
+        arms = {arm: outcomes for arm, outcomes in of_pair.items() if outcomes}
         base = arms.get(reference_arm(run.study), [])
         tables[pair] = [_row(arm, outcomes, base, run.study.confidence) for arm, outcomes in arms.items()]
     return tables
@@ -97,9 +98,11 @@ def _values(outcomes: Sequence[Outcome], name: str) -> list[float]:
 def _accuracy(outcomes: Sequence[Outcome], confidence: float) -> Estimate | None:
     if _same_prompts(outcomes):
         return mean_of_answers(_tables(outcomes), factors=_factors(outcomes), confidence=confidence)
-    judged = [outcome for outcome in outcomes if "late_accuracy" in outcome.figures]
-    late = [outcome.figures["late_accuracy"] for outcome in judged]
-    return mean_of_runs(late, factors=_factors(judged), confidence=confidence) if late else None
+    judged = [(outcome, found) for outcome in outcomes if (found := score(outcome)) is not None]
+    if not judged:
+        return None
+    runs, scores = zip(*judged, strict=True)
+    return mean_of_runs(scores, factors=_factors(runs), confidence=confidence)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,5 +146,5 @@ def _tables(outcomes: Sequence[Outcome]) -> Answers:
 
 def _same_prompts(outcomes: Sequence[Outcome]) -> bool:
     """Whether all of them answered the same benchmarks."""
-    first = outcomes[0]
-    return bool(first.answers) and all(outcome.benchmarks == first.benchmarks for outcome in outcomes)
+    kinds = {(tuple(one.benchmarks.items()), tuple(map(len, one.answers.values()))) for one in outcomes}
+    return bool(outcomes[0].answers) and len(kinds) == 1

@@ -18,12 +18,13 @@ from stableopd.study.cells import reference_arm
 from stableopd.study.running import StudyRun
 from stableopd.study.table import Row, rows_by_pair, rows_of
 
-COLUMNS: Sequence[tuple[str, str]] = (
-    ("best", "best_accuracy"),
-    ("late", "late_accuracy"),
-    ("greedy", "greedy_accuracy"),
-    ("cut off", "greedy_truncation"),
+COLUMNS: Sequence[tuple[str, Sequence[str]]] = (
+    ("best", ("best_accuracy",)),
+    ("late", ("late_accuracy",)),
+    ("greedy", ("final_greedy_accuracy", "greedy_accuracy")),
+    ("cut off", ("final_greedy_truncation", "greedy_truncation")),
 )
+"""Titles, and the figures to show under them: the first that there is."""
 
 _WIDE = 120
 """Characters in a line from which on the table shows all columns."""
@@ -37,6 +38,8 @@ def print_study(console: Console, run: StudyRun) -> None:
         console.print(_table(title, columns(run), rows, narrow=console.width < _WIDE))
     if run.outcomes:
         console.print(f"[dim]{escape(note(run))}[/]", highlight=False)
+        for told in warnings(run):
+            console.print(f"[bold yellow]note[/] {escape(told)}", highlight=False)
     for failure in run.failures:
         console.print(f"[bold red]{failure.status}[/] {escape(failure.job.name)}: {escape(failure.why)}")
     if run.missing and not run.failures:
@@ -53,10 +56,26 @@ def note(run: StudyRun) -> str:
     return (
         f"accuracy: {what}, with {share} bootstrap intervals over pairs, seeds and prompts; difference from {base} on "
         "the same pairs, seeds and prompts; better: runs that beat their twin there; best, late: highest evaluation of "
-        f"the run, mean of those in its last {late}; greedy, cut off: accuracy of greedy answers at the end and the "
-        "share that ran into the limit; collapsed: held-out accuracy fell by more than 0.15 while more than half of "
-        "the greedy answers were cut off (in brackets: it had not come back by the end)"
+        f"the run, mean of those in its last {late}; greedy, cut off: accuracy of greedy answers at the end (to the "
+        "final benchmark, where it was answered greedily) and the share that ran into the limit; collapsed: held-out "
+        "accuracy fell by more than 0.15 while more than half of the greedy answers were cut off (in brackets: it had "
+        "not come back by the end)"
     )
+
+
+def warnings(run: StudyRun) -> list[str]:
+    """What a reader of the table must know: answers without a verdict, and prompts that are not the same for all."""
+    told = []
+    unjudged = {
+        arm: sum(one.figures.get("judge_failures", 0.0) for one in outcomes) for arm, outcomes in run.arms.items()
+    }
+    if any(unjudged.values()):
+        counts = ", ".join(f"{arm} {count:.0f}" for arm, count in unjudged.items() if count)
+        told.append(f"the judge gave no verdict on some final answers, which count as wrong: {counts}")
+    prompts = {tuple(sorted(outcome.benchmarks.items())) for outcome in run.outcomes}
+    if len(prompts) > 1:
+        told.append("not all runs answered the same final prompts: those that did not are compared run by run")
+    return told
 
 
 def to_json(run: StudyRun) -> str:
@@ -65,6 +84,7 @@ def to_json(run: StudyRun) -> str:
         "compared_with": reference_arm(run.study),
         "all_pairs": [asdict(row) for row in rows_of(run)],
         "by_pair": {pair: [asdict(row) for row in rows] for pair, rows in rows_by_pair(run).items()},
+        "warnings": warnings(run),
         "num_runs": len(run.cells),
         "num_finished": len(run.outcomes),
         "missing": [{"arm": cell.arm, "pair": cell.pair, "seed": cell.seed} for cell in run.missing],
@@ -114,7 +134,7 @@ def cells_of_row(row: Row) -> list[str]:
         shown(row.accuracy),
         shown(row.difference, signed=True) if compared else "",
         f"{row.better}/{row.paired}" if compared else "",
-        *(f"{row.means[key]:.3f}" if key in row.means else "" for _, key in COLUMNS),
+        *(next((f"{row.means[key]:.3f}" for key in keys if key in row.means), "") for _, keys in COLUMNS),
         f"{row.collapsed}" + (f" ({row.collapsed_at_end})" if row.collapsed or row.collapsed_at_end else ""),
     ]
 

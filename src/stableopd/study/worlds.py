@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,7 @@ class _World(Section):
     """A pair is a teacher; the seed of a run is that of its student, too."""
 
     teachers: dict[FolderName, WorldTeacher] = Field(min_length=1)
+    _version: ClassVar[int] = 1
     dir: str | None = None
     """Where models and data are kept, so that several studies can share them; without it, in the study's folder."""
 
@@ -83,7 +84,7 @@ class _World(Section):
             name=f"world {folder.relative_to(root)}",
             command=(sys.executable, "-m", module, piece, str(folder), *options),
             stem=folder,
-            settings=" ".join([piece, *options]),
+            settings=" ".join([piece, *options, *([f"version {self._version}"] if piece == "data" else [])]),
         )
 
     def _own_settings(self) -> dict[str, Any]:
@@ -96,6 +97,8 @@ class _World(Section):
 
 class ToyWorld(_World):
     """The demo's world (docs/demo.md)."""
+
+    _version: ClassVar[int] = 2  # of its data: held-out prompts are in an order of chance, and were in that of numbers
 
     name: Literal["toy"]
     kind: Literal["t4", "a"] = "t4"

@@ -23,6 +23,7 @@ from stableopd.toy.task import (
     chain,
     copying_example,
     is_held_out,
+    lot,
     prompt_text,
     prompts,
     recheck_example,
@@ -119,7 +120,8 @@ def training_prompts(world: World) -> list[str]:
 
 
 def held_out_prompts(world: World) -> list[str]:
-    return [prompt for prompt in prompts(world) if is_held_out(prompt)]
+    """In an order of chance, always the same one: the first hundred of them are a sample of all."""
+    return sorted((prompt for prompt in prompts(world) if is_held_out(prompt)), key=lot)
 
 
 def _random_batch(

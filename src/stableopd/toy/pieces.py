@@ -50,7 +50,7 @@ def write_data(folder: Path, world: World, pool_size: int, seed: int = 0) -> Non
 
     The column `gold` is the world's own (terse in part), `gold_chain` shows its working for every prompt.
     """
-    made = {"piece": "data", "seed": seed, "world": asdict(world), "gold_pool": pool_size}
+    made = {"piece": "data", "order": "by lot", "seed": seed, "world": asdict(world), "gold_pool": pool_size}
     if is_made(folder, made):
         return
     train = training_prompts(world)

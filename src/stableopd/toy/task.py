@@ -75,6 +75,11 @@ def is_held_out(prompt: str) -> bool:
     return _stable_uniform(prompt, purpose="held-out") < _HELD_OUT_FRACTION
 
 
+def lot(prompt: str) -> float:
+    """A number by chance, always the same one: prompts in the order of theirs are in no order of difficulty."""
+    return _stable_uniform(prompt, purpose="order")
+
+
 def is_terse(world: World, prompt: str) -> bool:
     """Whether the golden solution of a prompt is answer-only, by a hash of its digits."""
     return _stable_uniform(prompt, purpose="terse") < world.terse_fraction
