@@ -30,10 +30,8 @@ def check_inputs(study: StudyConfig, cells: Sequence[Cell]) -> None:
                 if not _is_made(study, name) and not Path(name).expanduser().exists():
                     problems[f"{setting}: {name} does not exist (relative paths start at {Path.cwd()})"] = None
     for setting, name in _functions(study, cells):
-        try:
-            with TimedJudge(
-                name, setting=setting
-            ) as judge:  # in a process of its own: it may do anything when imported
+        try:  # in a process of its own, for a module may do anything when it is imported
+            with TimedJudge(name, setting=setting) as judge:
                 judge.start()
         except (ConfigError, MissingDependencyError) as error:
             problems[str(error)] = None
@@ -95,15 +93,11 @@ def _wrong_benchmarks(names: Sequence[str]) -> Iterator[str]:
 def _files(config: StableOPDConfig) -> Iterator[tuple[str, str]]:
     """Names that can only be files or folders of this machine."""
     yield from _prompt_files(config)
-    for setting, model in (
-        ("student.model_name_or_path", config.student.model_name_or_path),
-        *(
-            (f"{name}.model_name_or_path", teacher.model_name_or_path)
-            for name, teacher in config.named_teachers.items()
-        ),
-    ):
-        if model is not None and is_a_path(model):
-            yield setting, model
+    section = "teachers." if config.teachers else ""
+    teachers = {f"{section}{name}": teacher for name, teacher in config.named_teachers.items()}
+    for name, model in {"student": config.student, **teachers}.items():
+        if model.model_name_or_path is not None and is_a_path(model.model_name_or_path):
+            yield f"{name}.model_name_or_path", model.model_name_or_path
 
 
 def _prompt_files(config: StableOPDConfig) -> Iterator[tuple[str, str]]:
