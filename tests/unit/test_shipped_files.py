@@ -14,7 +14,7 @@ from stableopd.study.cells import cells_of
 from stableopd.study.config import load_study
 from stableopd.study.outcome import read_outcomes
 from stableopd.study.running import StudyRun, settings_digest
-from stableopd.study.table import rows_of, score
+from stableopd.study.table import rows_by_pair, rows_of, score
 from stableopd.study.view import cells_of_row, columns
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,3 +129,15 @@ def test_tables_teacher_by_teacher_are_those_of_the_stored_results(name):
         accuracies = " / ".join(f"{score(by_pair[pair]):.3f}" for pair in ("standard", "moderate", "clean"))
         greedy = cells_of_row(row)[columns(run).index("greedy")]
         assert in_document(accuracies.replace(" 0.", " .").removeprefix("0"), greedy) in told, row.arm
+
+
+def test_the_table_of_the_words_world_is_that_of_its_stored_results():
+    """Each line of it begins with accuracy, the difference and greedy accuracy."""
+    told = (ROOT / "docs" / "words.md").read_text().replace("−", "-").replace(" | | ", " |  | ")
+    run = stored_run("words")
+    for pair, rows in rows_by_pair(run).items():
+        for row in rows:
+            cells = dict(zip(columns(run), cells_of_row(row), strict=True))
+            against = next(column for column in cells if column.startswith("against"))
+            line = in_document(*(cells[column] for column in ("accuracy", against, "greedy")))
+            assert f"`{pair}` | {line} |" in told, (pair, row.arm)
