@@ -81,6 +81,9 @@ def test_the_studies_in_the_documents_parse_and_all_of_their_runs_are_possible(t
     paper, toy = cells
     assert {"stableopd", "opd", "sft", "sweep lambda_gold=0.1 beta_kl=0.0"} <= {cell.arm for cell in paper}
     assert len(toy) == 8
+    (world,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "words.md").read_text(), re.DOTALL)
+    (tmp_path / "study.yaml").write_text(world + "methods: {opd: {}}\n")
+    assert [cell.pair for cell in cells_of(load_study(tmp_path / "study.yaml"))] == ["mine"]
 
 
 def test_the_stored_results_of_studies_are_those_of_their_settings():

@@ -61,7 +61,7 @@ def test_gold_is_judged_right_by_math_verify_and_wrong_for_another_answer(rng):
     ("completion", "right"),
     [
         ("4 + 2 = 6.\n</think>\n\\boxed{6}", True),
-        ("4 + 2 = 6.\n</think>\nIt is 6", True),
+        ("4 + 2 = 6.\n</think>\nIt is 6", False),  # a loop behind the thinking holds numbers, too
         ("4 + 2 = 7.\nWait, let me check that again.\n4 + 2 = 6.\n</think>\n\\boxed{6}", True),
         ("4 + 2 = 6.\nWait, let me check that again.\n4 + 2 = 6", False),  # Math-Verify alone says right
         ("\\boxed{6}\nWait, let me check that again.\n", False),
