@@ -89,7 +89,7 @@ def test_the_studies_in_the_documents_parse_and_all_of_their_runs_are_possible(t
 def test_the_stored_results_of_studies_are_those_of_their_settings():
     for path in sorted(RESULTS.glob("*.jsonl")):
         study = load_study(ROOT / "studies" / f"{path.stem}.yaml")
-        digests = {(cell.arm, cell.pair, cell.seed): settings_digest(study, cell) for cell in cells_of(study)}
+        digests = {cell.key: settings_digest(study, cell) for cell in cells_of(study)}
         outcomes = read_outcomes(path)
         assert outcomes
         for outcome in outcomes:
@@ -103,7 +103,7 @@ def stored_run(name: str, **only: object) -> StudyRun:
     study = load_study(ROOT / "studies" / f"{name}.yaml")
     found = {outcome.key: outcome.with_late(study.late_fraction) for outcome in read_outcomes(path)}
     cells = [cell for cell in cells_of(study) if all(getattr(cell, key) == value for key, value in only.items())]
-    keys = [(cell.arm, cell.pair, cell.seed) for cell in cells]
+    keys = [cell.key for cell in cells]
     return StudyRun(study=study, cells=cells, outcomes=[found[key] for key in keys if key in found])
 
 

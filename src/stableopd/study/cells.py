@@ -33,6 +33,11 @@ class Cell:
     """The run whose student this one begins with."""
 
     @property
+    def key(self) -> tuple[str, str, int]:
+        """What its line of results.jsonl is known by."""
+        return self.arm, self.pair, self.seed
+
+    @property
     def folder(self) -> Path:
         return self.config.run_dir
 

@@ -54,7 +54,7 @@ def check_contents(cells: Sequence[Cell], known: Sequence[Outcome]) -> None:
     """Raises: ConfigError for a file that holds something else than when a finished run read it."""
     results = {outcome.key: outcome for outcome in known}
     for cell in cells:
-        outcome = results.get((cell.arm, cell.pair, cell.seed))
+        outcome = results.get(cell.key)
         now = contents_of(cell) if outcome is not None and outcome.inputs else {}
         changed = [name for name, digest in now.items() if outcome and outcome.inputs.get(name, digest) != digest]
         if changed:

@@ -47,7 +47,7 @@ class StudyRun:
     def missing(self) -> list[Cell]:
         """Runs that have no result."""
         known = {outcome.key for outcome in self.outcomes}
-        return [cell for cell in self.cells if _key(cell) not in known]
+        return [cell for cell in self.cells if cell.key not in known]
 
 
 Tell = Callable[[Ended], None]
@@ -118,8 +118,8 @@ def _without_twins(study: StudyConfig, cells: Sequence[Cell], known: Sequence[Ou
         groups.setdefault(_run_key(cell), []).append(cell)
     missing = []
     for twins in groups.values():
-        without = [cell for cell in twins if _key(cell) not in results]
-        done = next((results[_key(cell)] for cell in twins if _key(cell) in results), None)
+        without = [cell for cell in twins if cell.key not in results]
+        done = next((results[cell.key] for cell in twins if cell.key in results), None)
         if done is None:
             missing.append(without)
             continue
@@ -155,17 +155,13 @@ def existing(study: StudyConfig) -> StudyRun:
 def _finished(study: StudyConfig, cells: Sequence[Cell]) -> list[Outcome]:
     """The results that there are of the study's cells, in their order."""
     known = {outcome.key: outcome for outcome in read_outcomes(study.folder / RESULTS)}
-    return [known[_key(cell)].with_late(study.late_fraction) for cell in cells if _key(cell) in known]
-
-
-def _key(cell: Cell) -> tuple[str, str, int]:
-    return cell.arm, cell.pair, cell.seed
+    return [known[cell.key].with_late(study.late_fraction) for cell in cells if cell.key in known]
 
 
 def _check_unchanged(study: StudyConfig, cells: Sequence[Cell], known: Sequence[Outcome]) -> None:
     check_contents(cells, known)
     made = {outcome.key: outcome.digest for outcome in known}
-    changed = [cell for cell in cells if made.get(_key(cell)) not in (None, settings_digest(study, cell))]
+    changed = [cell for cell in cells if made.get(cell.key) not in (None, settings_digest(study, cell))]
     if changed:
         first = changed[0]
         raise ConfigError(
