@@ -138,7 +138,9 @@ def test_finished_runs_of_other_settings_are_never_mixed_in(finished):
     before = (folder / "out" / "results.jsonl").read_bytes()
     changed = run(path, "base.optimizer.learning_rate=0.5")
     assert changed.returncode == 2
-    assert "made with other settings" in changed.stderr
+    told = " ".join(changed.stderr.split())
+    assert "made with other settings, opd of pair, seed 0 among them (" in told
+    assert "optimizer.learning_rate: 0.01 -> 0.5" in told
     assert "Traceback" not in changed.stderr
     assert (folder / "out" / "results.jsonl").read_bytes() == before
 

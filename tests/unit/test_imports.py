@@ -124,6 +124,7 @@ LAYERS = (
     {"study.config"},
     {"study.cells"},
     {"study.final", "study.inputs"},
+    {"study.made_with"},
     {"study.running"},
     {"study.table"},
     {"study.view", "study.charts"},

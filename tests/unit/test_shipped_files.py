@@ -12,8 +12,9 @@ from stableopd.config import PRESETS, StableOPDConfig
 from stableopd.config_files import load_config
 from stableopd.study.cells import cells_of
 from stableopd.study.config import load_study
+from stableopd.study.made_with import settings_digest
 from stableopd.study.outcome import read_outcomes
-from stableopd.study.running import StudyRun, settings_digest
+from stableopd.study.running import StudyRun
 from stableopd.study.table import rows_by_pair, rows_of, score
 from stableopd.study.view import cells_of_row, columns
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from stableopd.study.jobs import Ended, Job
 
 EPILOG = (
-    "Examples: [bold]stableopd study studies/toy.yaml --seeds 0,1[/], [bold]stableopd study study.yaml parallel=2[/]. "
-    "After a crash or an interrupt: the same command again."
+    "Examples: [bold]stableopd study studies/toy-main.yaml --seeds 901[/], [bold]stableopd study study.yaml "
+    "parallel=2[/]. After a crash or an interrupt: the same command again."
 )
 
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from stableopd.config import StableOPDConfig
 from stableopd.config_files import dump_config
-from stableopd.errors import ConfigError, StableOPDError
+from stableopd.errors import StableOPDError
 from stableopd.lines import write_atomically
 from stableopd.recorder import lock_folder
-from stableopd.study.cells import Cell, cells_of, without_places
+from stableopd.study.cells import Cell, cells_of
 from stableopd.study.config import StudyConfig
-from stableopd.study.final import answers_of, final_job, final_settings
+from stableopd.study.final import answers_of, final_job
 from stableopd.study.inputs import check_contents, check_inputs, contents_of
 from stableopd.study.jobs import Ended, Job, run_jobs
+from stableopd.study.made_with import check_unchanged, run_key, settings_digest, settings_file, training_settings
 from stableopd.study.outcome import Outcome, append_outcome, by_arm, read_folder, read_outcomes, with_answers
 
 RESULTS = "results.jsonl"
@@ -67,7 +65,8 @@ def run_study(
     """
     cells = cells_of(study)
     known = read_outcomes(study.folder / RESULTS)
-    _check_unchanged(study, cells, known)
+    check_contents(cells, known)
+    check_unchanged(study, cells, known)
     check_inputs(study, cells)
     study.folder.mkdir(parents=True, exist_ok=True)
     with _locked(study.folder):
@@ -115,7 +114,7 @@ def _without_twins(study: StudyConfig, cells: Sequence[Cell], known: Sequence[Ou
     results = {outcome.key: outcome for outcome in known}
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
-        groups.setdefault(_run_key(cell), []).append(cell)
+        groups.setdefault(run_key(cell), []).append(cell)
     missing = []
     for twins in groups.values():
         without = [cell for cell in twins if cell.key not in results]
@@ -128,16 +127,6 @@ def _without_twins(study: StudyConfig, cells: Sequence[Cell], known: Sequence[Ou
     return missing
 
 
-def _run_key(cell: Cell) -> str:
-    """Names the run itself: everything that it depends on, which without a teacher's term is not the teacher."""
-    left_out = {
-        **_no_result(cell.config),
-        **({} if cell.config.objective.needs_teacher else {"teacher": True, "teachers": True}),
-    }
-    settings = cell.config.model_dump(mode="json", exclude=left_out)
-    return json.dumps([cell.arm, settings], sort_keys=True)
-
-
 def _for_cell(study: StudyConfig, cell: Cell, outcome: Outcome) -> Outcome:
     return replace(outcome, arm=cell.arm, pair=cell.pair, seed=cell.seed, digest=settings_digest(study, cell))
 
@@ -148,7 +137,9 @@ def existing(study: StudyConfig) -> StudyRun:
     Raises: ConfigError as `run_study`.
     """
     cells = cells_of(study)
-    _check_unchanged(study, cells, read_outcomes(study.folder / RESULTS))
+    known = read_outcomes(study.folder / RESULTS)
+    check_contents(cells, known)
+    check_unchanged(study, cells, known)
     return StudyRun(study=study, cells=cells, outcomes=_finished(study, cells))
 
 
@@ -156,45 +147,6 @@ def _finished(study: StudyConfig, cells: Sequence[Cell]) -> list[Outcome]:
     """The results that there are of the study's cells, in their order."""
     known = {outcome.key: outcome for outcome in read_outcomes(study.folder / RESULTS)}
     return [known[cell.key].with_late(study.late_fraction) for cell in cells if cell.key in known]
-
-
-def _check_unchanged(study: StudyConfig, cells: Sequence[Cell], known: Sequence[Outcome]) -> None:
-    check_contents(cells, known)
-    made = {outcome.key: outcome.digest for outcome in known}
-    changed = [cell for cell in cells if made.get(cell.key) not in (None, settings_digest(study, cell))]
-    if changed:
-        first = changed[0]
-        raise ConfigError(
-            f"{study.folder / RESULTS}: {len(changed)} of the runs that are there were made with other settings, "
-            f"{first.arm} of {first.pair}, seed {first.seed} among them. Put the old settings back, give the method "
-            "another name, or choose another output_dir"
-        )
-
-
-def settings_digest(study: StudyConfig, cell: Cell) -> str:
-    """Of the settings of a run, its cold start, its world and its final answers.
-
-    Defaults and places are left out: a study may be moved, and a default written out.
-    """
-    configs = [cell.config, *([cell.cold_start] if cell.cold_start else [])]
-    given = [_settings(study, config) for config in configs]
-    world = study.world.made_with(cell.pair, cell.seed) if study.world else ""
-    return hashlib.blake2b("\n".join([*given, world, final_settings(study, cell)]).encode(), digest_size=8).hexdigest()
-
-
-def _settings(study: StudyConfig, config: StableOPDConfig) -> str:
-    given = config.model_dump(mode="json", exclude_defaults=True, exclude=_no_result(config))
-    return json.dumps(without_places(given, study), sort_keys=True)
-
-
-def _no_result(config: StableOPDConfig) -> dict[str, Any]:
-    """Settings that do not change what comes out.
-
-    How often a checkpoint is written does, where a run may go back to one, and where it interrupts a pipeline.
-    """
-    left_out = {"output_dir": True, "logging": True, "num_processes": True}
-    counts = config.health.actions == "rollback" or config.rollout.pipeline
-    return left_out if counts else {**left_out, "checkpoint": True}
 
 
 def _jobs(study: StudyConfig, cell: Cell) -> list[Job]:
@@ -209,8 +161,7 @@ def _jobs(study: StudyConfig, cell: Cell) -> list[Job]:
 
 
 def _training(study: StudyConfig, what: str, config: StableOPDConfig, after: Sequence[Job]) -> Job:
-    folder = config.run_dir
-    path = folder.with_name(f"{folder.name}.yaml")
+    folder, path = config.run_dir, settings_file(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, dump_config(config))
     launch = study.launch or (sys.executable, "-m", "stableopd")
@@ -220,7 +171,7 @@ def _training(study: StudyConfig, what: str, config: StableOPDConfig, after: Seq
         stem=folder,
         after=tuple(job.name for job in after),
         begun=folder,
-        settings=_settings(study, config),
+        settings=training_settings(study, config),
     )
 
 
