@@ -20,7 +20,16 @@ from stableopd.model_config import LoraSettings, ModelConfig, StudentConfig, Tea
 from stableopd.names import nearest
 from stableopd.objective import DistillConfig, GoldConfig, ObjectiveConfig, ReferenceConfig, RewardConfig
 from stableopd.rollout_config import RolloutConfig, VllmConfig
-from stableopd.sections import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, Section
+from stableopd.sections import (
+    Fraction,
+    JudgeTime,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Section,
+    Temperature,
+)
 
 __all__ = [
     "ControllerConfig",
@@ -148,18 +157,21 @@ class EvaluationConfig(Section):
     num_prompts: PositiveInt | None = None
     """The first so many prompts; all of them without it."""
     num_samples: PositiveInt = 1
-    temperature: Positive = 0.6
+    temperature: Temperature = 0.6
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     greedy: bool = True
     max_completion_length: PositiveInt | None = None
     """Without it, the one of `rollout`."""
     judge: str = "exact"
     """`exact`, `math` (Math-Verify), or `package.module:function` taking (completion, answer)."""
-    judge_timeout_s: Positive = 10.0
+    judge_timeout_s: JudgeTime = 10.0
     """Seconds that the judge may take for one answer, which is wrong then; `exact` needs none."""
     benchmarks: tuple[str, ...] = ()
     """More to answer at every evaluation: names of the registry (docs/evaluation.md), or files; `num_prompts`,
     `num_samples` and `judge` hold for them, too."""
+    chat: bool = True
+    """Questions of benchmarks go through the chat template, where the tokenizer has one. For a student that is trained
+    on plain text: false. Prompts of `path` are asked as they stand."""
 
 
 class CheckpointConfig(Section):

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 
 from stableopd.errors import DataError
 from stableopd.names import nearest
-from stableopd.reading import Place, Rows, kind_of, read_rows
+from stableopd.reading import Place, Rows, answer_text, kind_of, read_rows
 from stableopd.types import Example
 from stableopd.vocabulary import answer_end_id
 
@@ -43,6 +43,7 @@ def load_examples(
     max_total_tokens: int | None = None,
     require_gold: bool = False,
     require_answer: bool = False,
+    judged: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     teacher_column: str | None = None,
     teachers: Collection[str] = (),
@@ -62,6 +63,7 @@ def load_examples(
         max_total_tokens: longest prompt and gold together, in tokens.
         require_gold: refuse rows without gold.
         require_answer: refuse rows without an answer, which a reward compares with.
+        judged: refuse lists and objects for answers; where nothing is judged they are none.
         chat_template_kwargs: passed to the chat template, for example {"enable_thinking": False}.
         teacher_column: names the teacher of each row, one of `teachers`.
 
@@ -77,7 +79,7 @@ def load_examples(
     gold_ids = _gold_ids(table, golds, prompts, tokenizer)
     _check_totals(table, prompt_ids, gold_ids, max_total_tokens)
     gold_weights = _gold_weights(table, gold_weights_column, gold_ids)
-    answers = _answers(table, answer_column, require_answer)
+    answers = _answers(table, answer_column, require_answer, judged)
     named = _teachers(table, teacher_column, teachers)
     columns = zip(prompts, prompt_ids, gold_ids, gold_weights, answers, named, strict=True)
     return [
@@ -317,10 +319,17 @@ def _is_weight(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
-def _answers(table: _Table, column: str, required: bool) -> list[str | None]:
+def _answers(table: _Table, column: str, required: bool, judged: bool) -> list[str | None]:
     if column not in table.columns and column != "answer":
         raise DataError(f"{table.source}: no column {column!r}. {table.known(column)} Set data.answer_column")
-    answers = [None if (answer := row.get(column)) is None else str(answer) for row in table.rows]
+    values = [row.get(column) for row in table.rows]
+    answers = [value if isinstance(value, str) else answer_text(value) for value in values]
+    for place, value, answer in zip(table.places, values, answers, strict=True):
+        if (required or judged) and answer is None and not (value is None or isinstance(value, float)):
+            raise DataError(
+                f"{place}: the answer in the column {column!r} is {kind_of(value)}, {value!r:.80}, which nothing can "
+                "be compared with. Give a text or a number, or name another column with data.answer_column"
+            )
     missing = [row for row, answer in enumerate(answers) if answer is None]
     if not required or not missing:
         return answers

@@ -108,9 +108,8 @@ def prepare_data(
     if eval_dataset is not None or config.evaluation.path:
         eval_rows = _rows(eval_dataset, config.evaluation.path, config.evaluation.split, "evaluation.path")
         source = config.evaluation.path or "eval_dataset"
-        held_out = _load(
-            config, tokenizer, eval_rows, source, _longest_prompt(config, context), context, require_gold=False
-        )
+        longest = _longest_prompt(config, context)
+        held_out = _load(config, tokenizer, eval_rows, source, longest, context, require_gold=False, judged=True)
     stream = PromptStream(
         examples, num_prompts=config.rollout.num_prompts, seed=config.seed, shuffle=config.data.shuffle
     )
@@ -140,7 +139,7 @@ def _benchmarks(
             )
         taken |= _with_greedy(benchmark.name)
         found[benchmark.name] = load_examples(
-            benchmark.rows(chat=bool(tokenizer.chat_template)),
+            benchmark.rows(chat=config.evaluation.chat and bool(tokenizer.chat_template)),
             tokenizer,
             source=benchmark.name,
             max_prompt_tokens=_longest_prompt(config, context),
@@ -228,6 +227,7 @@ def _load(
     require_gold: bool,
     may_need_gold: bool = False,
     require_answer: bool = False,
+    judged: bool = False,
     routed: bool = False,
 ) -> list[Example]:
     data = config.data
@@ -243,6 +243,7 @@ def _load(
         max_total_tokens=context if may_need_gold else None,
         require_gold=require_gold,
         require_answer=require_answer,
+        judged=judged,
         chat_template_kwargs=data.chat_template_kwargs,
         teacher_column=data.teacher_column if routed else None,
         teachers=config.named_teachers,

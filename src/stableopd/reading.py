@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -224,3 +227,15 @@ def kind_of(value: Any) -> str:
     """What a JSON value is, in words, for errors."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+def answer_text(value: Any) -> str | None:
+    """An answer to compare with, as text; None for what is none: null, blank, not finite, a list, an object, bytes.
+
+    A whole number that was stored as a float loses its point: Parquet holds a column of numbers with gaps so.
+    """
+    if isinstance(value, str):
+        return value if value.strip() else None
+    if isinstance(value, Real | Decimal) and math.isfinite(value):
+        return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from stableopd.keys import plain_url
-from stableopd.sections import NonNegativeInt, Positive, PositiveInt, Section
+from stableopd.sections import NonNegativeInt, Positive, PositiveInt, Section, Temperature
 
 
 class VllmConfig(Section):
@@ -47,7 +47,7 @@ class RolloutConfig(Section):
     """Prompts per step, all processes together."""
     num_generations: PositiveInt = 4
     max_completion_length: Annotated[int, Field(ge=1, le=100_000_000)] = 1024
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: NonNegativeInt = 0
     stop_loops_after: Annotated[int, Field(ge=2)] | None = None

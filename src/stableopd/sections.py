@@ -12,6 +12,11 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+COLDEST = 1e-6
+"""Temperatures between 0, which is greedy, and this one make figures that are not finite of logits."""
+LONGEST_JUDGEMENT_S = 1_000_000.0
+Temperature = Annotated[float, Field(ge=COLDEST, allow_inf_nan=False)]
+JudgeTime = Annotated[float, Field(ge=0.1, le=LONGEST_JUDGEMENT_S)]
 AtLeastOne = Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
 
 

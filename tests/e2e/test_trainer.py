@@ -455,6 +455,25 @@ def test_benchmarks_are_answered_beside_the_held_out_prompts_with_the_figures_of
     assert rows[0]["eval/more/accuracy"] == metrics["eval/more/accuracy"]
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_questions_of_benchmarks_go_through_the_chat_template_unless_the_run_is_of_plain_text(
+    chat, chat_tokenizer, tmp_path
+):
+    (tmp_path / "more.jsonl").write_text(json.dumps({"prompt": "2+2", "answer": "4"}))
+    evaluation = {"benchmarks": [str(tmp_path / "more.jsonl")], "chat": chat}
+    trainer = StableOPDTrainer(
+        model=qwen(chat_tokenizer, 1),
+        teacher_model=qwen(chat_tokenizer, 2),
+        args=arguments(tmp_path, evaluation=evaluation),
+        train_dataset=[{"prompt": "1+1", "gold": "2"}] * 4,
+        processing_class=chat_tokenizer,
+    )
+    [example] = trainer.data.benchmarks["more"]
+    asked = chat_tokenizer.decode(example.prompt_ids)
+    assert asked.startswith("<|im_start|>") == chat
+    assert (asked == "2+2") == (not chat)
+
+
 def test_two_sets_of_one_name_and_benchmarks_that_are_not_there_are_refused(run_settings, dataset, tmp_path):
     for benchmarks, words in (
         ([str(dataset / "validation.jsonl")], "like another set"),

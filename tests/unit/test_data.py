@@ -493,6 +493,24 @@ def test_answers_are_made_text(chatml):
     assert [example.answer for example in load(rows, chatml)] == ["42", "0", "x", None]
 
 
+def test_numbers_that_are_whole_are_the_same_answer_however_they_are_stored(chatml):
+    rows = [{"prompt": "q", "answer": answer} for answer in (5, 5.0, 5.5, "5.0")]
+    assert [example.answer for example in load(rows, chatml)] == ["5", "5", "5.5", "5.0"]
+
+
+@pytest.mark.parametrize("answer", [[1, 2], {"value": 1}, b"1", [], float("nan")])
+def test_what_nothing_can_be_compared_with_is_no_answer(chatml, answer):
+    """The column may be another program's: only who judges by it is told. NaN is how tables spell a gap."""
+    rows = [{"prompt": "q", "answer": answer}]
+    assert load(rows, chatml)[0].answer is None
+    words = "no answer in the column" if isinstance(answer, float) else "which nothing can be compared with"
+    assert words in refusal(load, rows, chatml, require_answer=True)
+    if isinstance(answer, float):
+        assert load(rows, chatml, judged=True)[0].answer is None
+    else:
+        assert words in refusal(load, rows, chatml, judged=True)
+
+
 def test_required_answers_that_are_nowhere_are_refused_with_how_to_do_without(chatml):
     message = refusal(load, [{"prompt": "q", "anwser": "a"}], chatml, require_answer=True)
     assert "rows: no answers to reward: no row has a column 'answer'" in message

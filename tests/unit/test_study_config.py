@@ -8,11 +8,13 @@ import yaml
 from stableopd.errors import ConfigError
 from stableopd.study.cells import cells_of
 from stableopd.study.config import StudyConfig, load_study
-from stableopd.study.final import protocol
+from stableopd.study.final import final_job, protocol
 from stableopd.study.inputs import check_contents, check_inputs, contents_of
+from stableopd.study.jobs import Job
 from stableopd.study.layers import merged
+from stableopd.study.made_with import settings_digest
 from stableopd.study.outcome import Outcome, read_outcomes
-from stableopd.study.running import _without_twins, settings_digest
+from stableopd.study.running import _without_twins
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = {"p": {"teacher": {"model_name_or_path": "a"}}, "q": {"teacher": {"model_name_or_path": "b"}}}
@@ -283,6 +285,17 @@ def test_final_answers_are_asked_for_as_the_runs_own_evaluations_are():
     options = protocol(named.final, cells_of(named)[0].config)
     assert not {"--split", "--prompt-column", "--answer-column"} & options.keys()  # they are those of the run's data
     assert (options["--judge"], options["--top-p"]) == ("exact", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("chat", "benchmarks", "as_it_stands"), [(True, [], True), (True, ["math500"], False), (False, ["math500"], True)]
+)
+def test_the_runs_own_prompts_are_asked_as_they_stand(chat, benchmarks, as_it_stands):
+    base = {**BASE, "evaluation": {"path": "e", "chat": chat}}
+    asked = study(base=base, final={"benchmarks": benchmarks})
+    run = Job(name="run", command=(), stem=Path("run"))
+    job = final_job(asked, asked.final, cells_of(asked)[0], after=run)
+    assert ("--no-chat" in job.command) == as_it_stands
 
 
 def test_what_the_runs_read_is_looked_for_before_the_first_is_started(tmp_path):

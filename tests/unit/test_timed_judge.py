@@ -54,6 +54,8 @@ def judge(completion, answer):
 def extract(completion):
     if completion == "votes":
         raise ValueError("strange vote")
+    if completion == "quit":
+        sys.exit(1)
     if completion == "set":
         return {"one", "two", "three", "four"}
     if completion == "list":
@@ -93,10 +95,10 @@ def test_a_vote_of_any_kind_is_text_or_none_and_never_costs_the_verdict(name):
     votes = []
     for _ in range(2):  # processes of their own, in which sets have orders of their own
         with TimedJudge(name) as judge:
-            found = [judge.judge(answer, answer) for answer in ("votes", "set", "list", "number", "2")]
+            found = [judge.judge(answer, answer) for answer in ("votes", "set", "list", "number", "quit", "2")]
         assert all(one.right and one.failure is None for one in found)
         votes.append([one.vote for one in found])
-    assert votes[0] == [None, "['four', 'one', 'three', 'two']", "['1', <class 'object'>]", "3", "2"]
+    assert votes[0] == [None, "['four', 'one', 'three', 'two']", "['1', <class 'object'>]", "3", None, "2"]
     assert votes[1] == votes[0]
 
 

@@ -12,9 +12,6 @@ from typing import Any, get_args
 from stableopd.lines import append_line, write_atomically
 from stableopd.types import FinishReason
 
-_LONGEST = 100_000_000
-"""Most tokens that any answer may have."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
@@ -28,10 +25,13 @@ class Answer:
 
 
 class AnswerStore:
-    """The answers in one folder. A kill at any instant tears the last line alone; what cannot be read is made again."""
+    """The answers in one folder. A kill at any instant tears the last line alone; what cannot be read is made again.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._path = folder, folder / "completions.jsonl"
+    Args: `longest` is the most tokens that an answer may have; one that says more is none.
+    """
+
+    def __init__(self, folder: Path, longest: int) -> None:
+        self.folder, self._path, self._longest = folder, folder / "completions.jsonl", longest
         folder.mkdir(parents=True, exist_ok=True)
         self.answers = self._read()
 
@@ -53,24 +53,24 @@ class AnswerStore:
         whole, newline, torn = text.rpartition("\n")
         if torn:
             write_atomically(self._path, whole + newline)
-        found = [_answer(line) for line in whole.split("\n") if line]
+        found = [_answer(line, self._longest) for line in whole.split("\n") if line]
         return {(answer.prompt, answer.sample): answer for answer in found if answer is not None}
 
 
-def _answer(line: str) -> Answer | None:
+def _answer(line: str, longest: int) -> Answer | None:
     """The answer of a line; None for one that is torn, or holds what no answer has."""
     try:
         answer = Answer(**json.loads(line))
     except (ValueError, TypeError, RecursionError):
         return None
-    return answer if _is_possible(answer) else None
+    return answer if _is_possible(answer, longest) else None
 
 
-def _is_possible(answer: Answer) -> bool:
+def _is_possible(answer: Answer, longest: int) -> bool:
     return (
         all(type(number) is int for number in (answer.prompt, answer.sample, answer.num_tokens))
         and min(answer.prompt, answer.sample) >= 0
-        and 1 <= answer.num_tokens <= _LONGEST
+        and 1 <= answer.num_tokens <= longest
         and isinstance(answer.text, str)
         and answer.finish_reason in get_args(FinishReason)
     )

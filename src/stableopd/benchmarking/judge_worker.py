@@ -49,7 +49,7 @@ def _judged(judge: Callable[[str, str], object], vote: Callable[[str], object], 
             verdict = verdict.item()
         if not isinstance(verdict, bool | int):
             raise TypeError(f"a judge says True or False, not {verdict!r}")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return {"error": f"{type(error).__name__}: {error}"[:300]}
     return {"right": bool(verdict), "vote": _vote(vote, asked["completion"])}
 
@@ -61,7 +61,7 @@ def _vote(vote: Callable[[str], object], completion: str) -> str | None:
         if isinstance(found, set | frozenset):
             found = sorted(map(str, found))
         return None if found is None else str(found)
-    except Exception:
+    except (Exception, SystemExit):
         return None
 
 

@@ -6,13 +6,13 @@ temperature 0.6, 32 answers to each problem of AIME and AMC, one to those of the
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from stableopd.errors import DataError
+from stableopd.reading import answer_text
 
 TEMPERATURE = 0.6
 INSTRUCTION = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -24,13 +24,10 @@ def plain_answer(value: Any) -> str:
 
     Raises: DataError for what is no single answer: a list, an object, nothing, or a number that is not finite.
     """
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    is_finite = not isinstance(value, float) or math.isfinite(value)
-    text = str(value).strip()
-    if value is None or isinstance(value, Mapping | list | tuple | set) or not (is_finite and text):
+    text = answer_text(value)
+    if text is None:
         raise DataError(f"the answer is {value!r:.80}; it must be a text or a finite number")
-    return text
+    return text.strip()
 
 
 def answer_behind_hashes(value: Any) -> str:

@@ -65,11 +65,20 @@ def evaluate_model(
         progress("loading the model", 0, 1)
         subject = subject or load_subject(settings)
         examples = _examples(benchmark, settings, subject)
-        settings = replace(settings, max_completion_length=_longest_answer(settings, subject, examples))
+        longest = _longest_answer(settings, subject, examples)
+        settings = replace(settings, max_completion_length=longest)
         folder = out / _folder_name(settings, benchmark, subject, examples)
         folder.mkdir(parents=True, exist_ok=True)
         with lock_folder(folder):  # one that mends a torn last line would lose what another writes meanwhile
-            result = _result(benchmark, settings, subject, examples, AnswerStore(folder), judge, progress)
+            result = _result(
+                benchmark,
+                settings,
+                subject,
+                examples,
+                AnswerStore(folder, longest),
+                judge,
+                progress,
+            )
             name = f"result-{settings.num_samples}-{key_of({'judge': settings.judge})}.json"
             write_atomically(folder / name, result.dump())
     return result
@@ -151,6 +160,7 @@ def _generate(
     subject: Subject, settings: EvalSettings, examples: Sequence[Example], store: AnswerStore, progress: Progress
 ) -> bool:
     """Fill the store; whether there was anything to generate."""
+    assert settings.max_completion_length is not None
     missing = store.missing(len(examples), settings.num_samples)
     engine = HFEngine(
         model=subject.model,
@@ -161,7 +171,6 @@ def _generate(
         autocast=nullcontext,
         tokenizer=subject.tokenizer,
     )
-    assert settings.max_completion_length is not None
     sampling = Sampling(
         max_new_tokens=settings.max_completion_length,
         temperature=settings.temperature,

@@ -48,7 +48,10 @@ def verdict_of(judge: Judge, completion: str, answer: str) -> Judged:
         if not isinstance(verdict, bool | int | np.bool_):
             raise TypeError(f"a judge says True or False, not {verdict!r}")
         return Judged(right=bool(verdict))
-    except Exception as error:  # a judge is a user's code on a model's text: it must not end a run of days
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a user's code on a model's text must not end a run of days
         return Judged(right=False, failure="error", message=f"{type(error).__name__}: {error}")
 
 

@@ -14,9 +14,6 @@ EPILOG = (
     "--benchmark aime24 --benchmark aime25[/], [bold]stableopd eval runs/first --benchmark heldout.jsonl --samples 8 "
     "--judge my.package:judge[/]"
 )
-COLDEST = 1e-6
-"""Temperatures between 0, which is greedy, and this one make figures that are not finite of logits."""
-LONGEST_JUDGEMENT_S = 1_000_000.0
 
 
 def evaluate_command(
@@ -187,6 +184,7 @@ def _check_numbers(temperature: float, top_p: float, judge_timeout: float) -> No
     import math
 
     from stableopd.errors import ConfigError
+    from stableopd.sections import COLDEST, LONGEST_JUDGEMENT_S
 
     if temperature != 0.0 and not COLDEST <= temperature < math.inf:
         raise ConfigError(f"--temperature is {temperature:g}; it must be 0, which is greedy, or {COLDEST:g} and more")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stableopd.curation.cards import Card, histogram, quantiles
 from stableopd.curation.journal import Journal
-from stableopd.curation.plain import answer_text, plain_row
+from stableopd.curation.plain import plain_row
 from stableopd.curation.screening import (
     DROP_REASONS,
     Choose,
@@ -31,7 +31,7 @@ from stableopd.curation.splitting import draw, prompt_key
 from stableopd.errors import DataError
 from stableopd.lines import json_line
 from stableopd.protocols import Judge
-from stableopd.reading import Place, Row
+from stableopd.reading import Place, Row, answer_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

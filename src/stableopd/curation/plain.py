@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from datetime import date, time
 from decimal import Decimal
-from numbers import Real
 from typing import Any
 
 from stableopd.errors import DataError
@@ -33,15 +32,6 @@ def verdict_of(value: Any, where: str) -> bool | None:
             "is known; or remove the row"
         )
     return bool(plain)
-
-
-def answer_text(value: Any) -> str | None:
-    """An answer to compare with, as text; None for what is none: null, blank, not finite, a list, an object, bytes."""
-    if isinstance(value, str):
-        return value if value.strip() else None
-    if isinstance(value, Real | Decimal):
-        return str(value) if math.isfinite(value) else None
-    return None
 
 
 def plain_row(row: Row, place: Place) -> Row:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from stableopd.curation.journal import Journal
-from stableopd.curation.plain import answer_text
 from stableopd.curation.screening import Choose, chosen, judged_wrong
 from stableopd.curation.sources import batched
 from stableopd.curation.splitting import draw, prompt_key
@@ -21,6 +20,7 @@ from stableopd.evaluate import Completion, decode
 from stableopd.health.signals import COMPRESSION_THRESHOLD, TAIL_CHARS, is_repetitive
 from stableopd.lines import json_line
 from stableopd.protocols import Judge, RolloutEngine
+from stableopd.reading import answer_text
 from stableopd.types import Example, Sampling
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from stableopd.config import explain
 from stableopd.config_files import laid_over, read_yaml
 from stableopd.errors import ConfigError
 from stableopd.names import nearest
-from stableopd.sections import FolderName, NonNegativeInt, Positive, PositiveInt, Section
+from stableopd.sections import FolderName, NonNegativeInt, PositiveInt, Section, Temperature
 from stableopd.study.layers import merged
 from stableopd.study.worlds import World
 
@@ -41,7 +41,7 @@ class FinalConfig(Section):
     num_prompts: PositiveInt | None = None
     num_samples: PositiveInt | None = None
     """Answers to each prompt; without it, what the benchmark is usually given."""
-    temperature: Positive = 0.6
+    temperature: Temperature = 0.6
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Without it, the run's `evaluation.top_p`."""
     greedy: bool = True

@@ -67,6 +67,8 @@ def final_job(study: StudyConfig, final: FinalConfig, cell: Cell, after: Job) ->
     command = [sys.executable, "-m", "stableopd", "eval", str(cell.folder)]
     for option, value in protocol(final, cell.config).items():
         command += _arguments(option, value)
+    if not (final.benchmarks and cell.config.evaluation.chat):  # the run's own prompts are asked as they stand
+        command.append("--no-chat")
     command += ["--out", str(study.folder / "evals"), "--output", str(answers_of(cell))]
     return Job(
         name=f"answers {cell.folder.relative_to(study.folder)}",
