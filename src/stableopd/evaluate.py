@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
@@ -81,25 +80,37 @@ def evaluate(
     completions: list[Completion] = []
     if examples:
         completions = decode(engine.generate(examples, sampling, step=0), examples, tokenizer, end_ids)
-    judged = gather_object([_judged(completion, judge) for completion in completions])
-    lengths = [record["length"] for record in judged]
+    answers: list[_Answer] = gather_object([_judged(completion, judge) for completion in completions])
     metrics = {
-        "mean_length": sum(lengths) / len(lengths),
-        "truncation_rate": truncation_rate([record["finish_reason"] for record in judged]),
-        "repetition_rate": repetition_rate([record["text"] for record in judged], tail_chars, compression_threshold),
-        **_scores([record for record in judged if record["right"] is not None], sampling.num_generations),
+        "mean_length": sum(answer.length for answer in answers) / len(answers),
+        "truncation_rate": truncation_rate([answer.finish_reason for answer in answers]),
+        "repetition_rate": repetition_rate([answer.text for answer in answers], tail_chars, compression_threshold),
+        **_scores(answers, sampling.num_generations),
     }
     return {f"eval/{name}/{key}": value for key, value in metrics.items()}
 
 
-def _scores(judged: Sequence[Mapping[str, Any]], num_samples: int) -> dict[str, float]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Answer:
+    """What is gathered of one completion."""
+
+    prompt: int
+    verdict: Judged | None
+    """None: there is no answer to compare with."""
+    length: int
+    finish_reason: str
+    text: str
+
+
+def _scores(answers: Sequence[_Answer], num_samples: int) -> dict[str, float]:
     """What answers with a verdict are worth, prompt by prompt."""
-    if not judged:
+    prompts: dict[int, list[Judged]] = {}
+    for answer in answers:
+        if answer.verdict is not None:
+            prompts.setdefault(answer.prompt, []).append(answer.verdict)
+    if not prompts:
         return {}
-    prompts: dict[int, list[Mapping[str, Any]]] = {}
-    for record in judged:
-        prompts.setdefault(record["prompt"], []).append(record)
-    right = [[record["right"] for record in records] for records in prompts.values()]
+    right = [[verdict.right for verdict in verdicts] for verdicts in prompts.values()]
     found = mean_of_answers({"": [[float(np.mean(verdicts)) for verdicts in right]]})
     scores = {"accuracy": found.mean}
     if found.low is not None and found.high is not None:
@@ -107,25 +118,22 @@ def _scores(judged: Sequence[Mapping[str, Any]], num_samples: int) -> dict[str, 
     if num_samples > 1:
         scores["avg_at_k"] = found.mean
         scores["pass_at_k"] = float(np.mean([any(verdicts) for verdicts in right]))
-        votes = [[record["vote"] for record in records] for records in prompts.values()]
+        votes = [[verdict.vote for verdict in verdicts] for verdicts in prompts.values()]
         if any(vote is not None for of_prompt in votes for vote in of_prompt):
             pairs = zip(votes, right, strict=True)
-            scores["maj_at_k"] = float(np.mean([majority_at_k(vote, verdict) for vote, verdict in pairs]))
-    failures = [record["failure"] for record in judged if record["failure"]]
+            scores["maj_at_k"] = float(np.mean([majority_at_k(vote, verdicts) for vote, verdicts in pairs]))
+    failures = [verdict.failure for verdicts in prompts.values() for verdict in verdicts if verdict.failure]
     if failures:
         scores |= {"judge_failures": float(len(failures)), "judge_timeouts": float(failures.count("timeout"))}
     return scores
 
 
-def _judged(completion: Completion, judge: Judge) -> dict[str, Any]:
+def _judged(completion: Completion, judge: Judge) -> _Answer:
     answer = completion.example.answer
-    verdict = Judged(right=False) if answer is None else verdict_of(judge, completion.text, answer)
-    return {
-        "prompt": completion.example.index,
-        "right": None if answer is None else verdict.right,
-        "vote": verdict.vote,
-        "failure": verdict.failure,
-        "length": completion.num_tokens,
-        "finish_reason": completion.finish_reason,
-        "text": completion.text,
-    }
+    return _Answer(
+        prompt=completion.example.index,
+        verdict=None if answer is None else verdict_of(judge, completion.text, answer),
+        length=completion.num_tokens,
+        finish_reason=completion.finish_reason,
+        text=completion.text,
+    )

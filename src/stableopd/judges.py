@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from stableopd.errors import ConfigError, MissingDependencyError
 from stableopd.protocols import Judge
 
@@ -42,6 +44,17 @@ def voter_of(name: str, setting: str = "evaluation.judge") -> Callable[[str], st
         return _math_vote
     extract: Callable[[str], str | None] = getattr(_function(name, setting), "extract", _last_line)
     return extract
+
+
+def as_verdict(said: object) -> bool:
+    """What a judge has said: True, False, 1 or 0, also as NumPy's.
+
+    Raises: TypeError for anything else: a judge that says -1 for wrong would find every answer right.
+    """
+    plain = said.item() if isinstance(said, np.generic) else said
+    if not isinstance(plain, bool | int) or plain not in (0, 1):
+        raise TypeError(f"a judge says True or False, not {said!r:.80}")
+    return bool(plain)
 
 
 def exact_match(completion: str, answer: str) -> bool:

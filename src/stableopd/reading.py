@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from stableopd.errors import DataError, MissingDependencyError
 
 Row = dict[str, Any]
+_LARGEST = 10**4000
+"""Python turns no longer numbers into text."""
 
 
 class Place(NamedTuple):
@@ -236,6 +238,8 @@ def answer_text(value: Any) -> str | None:
     """
     if isinstance(value, str):
         return value if value.strip() else None
+    if isinstance(value, int):
+        return str(value) if abs(value) < _LARGEST else None
     if isinstance(value, Real | Decimal) and math.isfinite(value):
         return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     return None

@@ -29,13 +29,13 @@ def score_completions(completions: Sequence[Completion], reward: RewardFunction)
             if not isinstance(value, bool | int | float | np.number | np.bool_) or not math.isfinite(float(value)):
                 raise TypeError(f"a reward is a finite number, not {value!r}")
             rewards.append(float(value))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             rewards.append(0.0)
             failures.append(_in_a_line(error))
     return rewards, failures
 
 
-def _in_a_line(error: Exception) -> str:
+def _in_a_line(error: BaseException) -> str:
     """The error as Python names it, fit for a terminal: it may quote what a model wrote."""
     text = traceback.format_exception_only(error)[-1].strip()  # also for an error whose own text cannot be had
     line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

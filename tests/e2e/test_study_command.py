@@ -139,7 +139,7 @@ def test_finished_runs_of_other_settings_are_never_mixed_in(finished):
     changed = run(path, "base.optimizer.learning_rate=0.5")
     assert changed.returncode == 2
     told = " ".join(changed.stderr.split())
-    assert "made with other settings, opd of pair, seed 0 among them (" in told
+    assert "were made with other settings, stableopd of pair, seed 0 among them (" in told
     assert "optimizer.learning_rate: 0.01 -> 0.5" in told
     assert "Traceback" not in changed.stderr
     assert (folder / "out" / "results.jsonl").read_bytes() == before

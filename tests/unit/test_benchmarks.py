@@ -10,6 +10,7 @@ import pytest
 from stableopd.benchmarking.loading import benchmark_prompts, load_benchmark
 from stableopd.benchmarking.registry import (
     ALIASES,
+    INSTRUCTION,
     REGISTRY,
     answer_behind_hashes,
     canonical,
@@ -69,7 +70,8 @@ def test_every_benchmark_is_read_in_the_schema_of_the_hub(tmp_path, name):
     assert found.name == name
     assert found.is_registered
     assert found.num_samples == (32 if name in ("aime24", "aime25", "amc") else 1)
-    assert "\\boxed{}" in found.template
+    [row, *_] = found.rows(chat=False)
+    assert row["prompt"] == f"{found.problems[0].prompt.strip()}\n{INSTRUCTION}"
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
@@ -102,7 +104,7 @@ def test_a_file_of_ones_own_may_name_its_columns_in_the_usual_ways(tmp_path):
         found = load_benchmark(str(path))
         assert [problem.prompt for problem in found.problems] == ["1 + 1?", "2?"]
         assert [problem.answer for problem in found.problems] == ["2", "2"]
-        assert (found.name, found.num_samples, found.template) == ("own", 1, "{question}")
+        assert (found.name, found.num_samples, found.is_registered) == ("own", 1, False)
     path.write_text(json.dumps({"task": "1 + 1?", "target": "2", "answer": "no"}))
     found = load_benchmark(str(path), question_column="task", answer_column="target")
     assert (found.problems[0].prompt, found.problems[0].answer) == ("1 + 1?", "2")

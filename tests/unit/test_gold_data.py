@@ -153,6 +153,31 @@ def test_a_finished_file_is_left_alone_and_others_are_not_overwritten(settings, 
     assert out.read_bytes() == before
 
 
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("data.prompt_column=other", "asked_sha256"), ("data.gold_column=mine", "gold_column: 'gold' -> 'mine'")],
+)
+def test_gold_for_other_prompts_or_in_another_column_is_never_mixed_in(settings, tmp_path, finished, override, named):
+    first, other = settings("rollout.max_batch_size=1"), settings(override)
+    path = Path(first.data.path)
+    rows = [{**row, "other": row["prompt"][::-1]} for row in read_rows(str(path))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "gold.jsonl"
+    if finished:
+        make(first, out)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            prepare_gold(first, SMALL, out).run(_interrupt)
+    with pytest.raises(RunFolderError, match=named):
+        make(other, out)
+
+
+def _interrupt(done: int) -> None:
+    if done:
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import yaml
@@ -108,40 +109,118 @@ def stored_run(name: str, **only: object) -> StudyRun:
     return StudyRun(study=study, cells=cells, outcomes=[found[key] for key in keys if key in found])
 
 
-def in_document(*cells: str) -> str:
-    return re.sub(r"(?<![0-9])0[.]", ".", " | ".join(cells))
+def figures(text: str) -> str:
+    """Figures as the documents write them: no zero before the point, a true minus."""
+    return re.sub(r"(?<![0-9])0[.]", ".", text).replace("-", "−")
+
+
+def tables_of(document: str, study: str) -> list[list[list[str]]]:
+    """Cells of the tables in the section of a document that shows how a study is run."""
+    text = (ROOT / "docs" / document).read_text()
+    (section,) = [
+        part for part in re.split(r"\n#+ ", text) if re.search(rf"    stableopd study studies/{study}[.]yaml", part)
+    ]
+    blocks = re.findall(r"(?:^[|].*\n)+", section, re.MULTILINE)
+    return [
+        [[cell.strip() for cell in line.strip("|\n").split("|")] for line in block.splitlines()] for block in blocks
+    ]
+
+
+def row_called(tables: list[list[list[str]]], label: str) -> dict[str, str]:
+    """The row whose first cell begins with a label, by the heads of its columns."""
+    rows = [
+        dict(zip(table[0], row, strict=True))
+        for table in tables
+        for row in table[2:]
+        if re.match(rf"{re.escape(label)}(?![\w.-])", row[0])
+    ]
+    assert len(rows) == 1, (label, rows)
+    return rows[0]
 
 
 @pytest.mark.parametrize("name", ["toy-main", "toy-long", "toy-a", "toy-defaults"])
 def test_the_tables_of_the_study_are_those_of_its_stored_results(name):
-    told = (ROOT / "docs" / "study.md").read_text().replace("−", "-").replace(" |  | ", " | | ")
-    run = stored_run(name)
+    run, tables = stored_run(name), tables_of("study.md", name)
     for row in rows_of(run):
-        cells = dict(zip(columns(run), cells_of_row(row), strict=True))
+        told = row_called(tables, row.arm)
+        cells = {column: figures(cell) for column, cell in zip(columns(run), cells_of_row(row), strict=True)}
         against = next(column for column in cells if column.startswith("against"))
-        line = in_document(*(cells[column] for column in ("accuracy", against, "better", "greedy", "cut off")))
-        assert line.replace(" |  |  | ", " | | | ") in told, row.arm
+        assert told["accuracy [95%]"] == cells["accuracy"]
+        assert told["against stableopd [95%]"] == cells[against]
+        assert told["better"] == cells["better"]
+        assert told["greedy"] == cells["greedy"]
+        assert told["greedy cut off"] == cells["cut off"]
+        assert told["collapsed on the way (at the end)"].replace(f" of {row.num_runs}", "") == cells["collapsed"]
+        if name == "toy-long":
+            outcomes = run.arms[row.arm]
+            half = [[dict(one.curves[curve])[100] for one in outcomes] for curve in ("accuracy", "greedy_truncation")]
+            assert told["half-way: accuracy, greedy cut off"] == figures(", ".join(f"{fmean(of):.3f}" for of in half))
+            tokens = fmean(outcome.figures["num_tokens"] for outcome in outcomes)
+            assert told["tokens"] == f"{round(tokens, -3):,.0f}"
 
 
-@pytest.mark.parametrize("name", ["toy-alternatives", "toy-controller"])
-def test_tables_teacher_by_teacher_are_those_of_the_stored_results(name):
-    """Each line of them holds the accuracy under every teacher, then greedy accuracy."""
-    told = (ROOT / "docs" / "study.md").read_text()
+ALTERNATIVES = {
+    "opd": "none (opd)", "mask-repeated": "repeated tokens masked", "drop-truncated": "cut-off rollouts dropped",
+    "top-4": "reverse KL over the teacher's 4", "reverse-kl": "reverse KL over the vocabulary",
+    "forward-kl": "forward KL", "jsd": "JSD", "log-compress": "advantages compressed by log",
+    "sequence-mean": "sequence mean", "clamp-1": "advantages clamped", "discount-0.9": "advantages summed",
+    "kl": "the KL at β 0.1", "stableopd": "StableOPD", "stableopd-pool": "StableOPD, gold from a pool",
+    "sft-pool": "SFT on that pool",
+}  # fmt: skip
+CONTROLLER = {
+    "opd": "opd", "stabilise": "opd + stabilise", "rollback": "opd + rollback",
+    "stableopd": "StableOPD, λ 1, β 0.1", "stableopd-3": "StableOPD, λ 3, β 0.1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "labels"), [("toy-alternatives", ALTERNATIVES), ("toy-controller", CONTROLLER)])
+def test_tables_teacher_by_teacher_are_those_of_the_stored_results(name, labels):
+    told = {row[0]: row for table in tables_of("study.md", name) for row in table[2:]}
     run = stored_run(name, seed=901)
     for row in rows_of(run):
+        label = labels[row.arm]
+        exact = [first for first in told if first == label] or [first for first in told if first.startswith(label)]
+        assert len(exact) == 1, (label, exact)
+        cells = dict(zip(columns(run), cells_of_row(row), strict=True))
         by_pair = {outcome.pair: outcome for outcome in run.arms[row.arm]}
         accuracies = " / ".join(f"{score(by_pair[pair]):.3f}" for pair in ("standard", "moderate", "clean"))
-        greedy = cells_of_row(row)[columns(run).index("greedy")]
-        assert in_document(accuracies.replace(" 0.", " .").removeprefix("0"), greedy) in told, row.arm
+        expected = [figures(accuracies), figures(cells["greedy"])]
+        if name == "toy-alternatives":
+            expected += [figures(cells["cut off"]), cells["collapsed"]]
+        else:
+            expected += [f"{row.collapsed} of 3"]
+        assert told[exact[0]][1 : 1 + len(expected)] == expected, label
+
+
+def test_the_table_of_coefficients_is_that_of_the_stored_results():
+    """Accuracy / greedy answers cut off at the end, and C where the run collapsed on the way."""
+    run = stored_run("toy-sweep")
+    tables = {table[0][0]: table for table in tables_of("study.md", "toy-sweep")}
+    seen = 0
+    for outcome in run.outcomes:
+        point = dict(re.findall(r"(lambda_gold|beta_kl)=([\d.]+)", outcome.arm))
+        gold, kl = (f"{float(point[key]):g}" for key in ("lambda_gold", "beta_kl"))
+        told = row_called([tables[f"{outcome.pair} teacher"]], f"λ {gold}")[f"β {kl}"]
+        cut_off = outcome.figures["final_greedy_truncation"]
+        mark = " **C**" if outcome.figures["collapsed"] else ""
+        assert told == figures(f"{score(outcome):.3f} / {cut_off:.2f}").replace(" / 0.", " / .") + mark, outcome.arm
+        seen += 1
+    assert seen == 40
 
 
 def test_the_table_of_the_words_world_is_that_of_its_stored_results():
-    """Each line of it begins with accuracy, the difference and greedy accuracy."""
-    told = (ROOT / "docs" / "words.md").read_text().replace("−", "-").replace(" | | ", " |  | ")
-    run = stored_run("words")
-    for pair, rows in rows_by_pair(run).items():
-        for row in rows:
-            cells = dict(zip(columns(run), cells_of_row(row), strict=True))
+    run, tables = stored_run("words"), tables_of("words.md", "words")
+    rows = [row for pair in rows_by_pair(run).values() for row in pair]
+    assert rows
+    for pair, of_pair in rows_by_pair(run).items():
+        for row in of_pair:
+            cells = {column: figures(cell) for column, cell in zip(columns(run), cells_of_row(row), strict=True)}
             against = next(column for column in cells if column.startswith("against"))
-            line = in_document(*(cells[column] for column in ("accuracy", against, "greedy")))
-            assert f"`{pair}` | {line} |" in told, (pair, row.arm)
+            told = row_called(tables, f"{row.arm}, `{pair}`")
+            expected = [cells["accuracy"], cells[against], cells["greedy"], cells["cut off"]]
+            columns_told = ("accuracy [95%]", "against stableopd", "greedy", "greedy cut off")
+            assert [told[column] for column in columns_told] == expected, (row.arm, pair)
+            (outcome,) = [one for one in run.arms[row.arm] if one.pair == pair]
+            worst = max(value for _, value in outcome.curves["greedy_truncation"])
+            assert told["worst greedy cut off on the way"] == figures(f"{worst:.3f}")
+            assert told["tokens"] == f"{round(outcome.figures['num_tokens'], -3):,.0f}"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,13 +164,21 @@ def test_methods_without_a_teacher_are_run_once_for_all_teachers(tmp_path):
         [("sft", "r")],
     ]
     done = Outcome(
-        arm="sft", pair="q", seed=0, digest="", figures={"late_accuracy": 0.5}, verdict="healthy", headline=""
-    )
+        arm="sft", pair="q", seed=0, figures={"late_accuracy": 0.5}, verdict="healthy", headline="",
+        digest=settings_digest(made, next(cell for cell in cells if (cell.method, cell.pair) == ("sft", "q"))),
+    )  # fmt: skip
     left = _without_twins(made, cells, [done])
     assert ("sft", "p") not in [(cell.method, cell.pair) for group in left for cell in group]
     (given,) = read_outcomes(tmp_path / "results.jsonl")
     assert (given.key, given.figures) == (("sft", "p", 0), {"late_accuracy": 0.5})
     assert given.digest == settings_digest(made, next(c for c in cells if (c.method, c.pair) == ("sft", "p")))
+    (tmp_path / "results.jsonl").unlink()
+    part = made.only(["sft"], ["p"])
+    assert _without_twins(part, cells_of(part), [done]) == []  # its twin is of a pair that was not asked for
+    assert read_outcomes(tmp_path / "results.jsonl") == [given]
+    (tmp_path / "results.jsonl").unlink()
+    assert len(_without_twins(part, cells_of(part), [replace(done, digest="of other settings")])) == 1
+    assert not (tmp_path / "results.jsonl").exists()
 
 
 def test_the_digest_is_that_of_what_matters_to_the_result():
@@ -274,7 +284,8 @@ def test_final_answers_are_asked_for_as_the_runs_own_evaluations_are():
     assert options == {
         "--benchmark": ["e"], "--split": "dev", "--prompt-column": "q", "--answer-column": "a", "--samples": 4,
         "--temperature": 0.6, "--top-p": 0.9, "--greedy": True, "--max-completion-length": 50,
-        "--stop-strings": ["END", "STOP"], "--stop-token-ids": [3], "--chat-template-kwargs": {"think": False},
+        "--stop-strings": ["END", "STOP"], "--stop-token-ids": [3], "--no-chat": True,
+        "--chat-template-kwargs": {"think": False},
         "--judge": "math", "--judge-timeout": 3.0, "--seed": 0,
     }  # fmt: skip
     other = asked.final.model_copy(update={"seed": 5, "temperature": 0.9, "num_prompts": 7, "greedy": False})
@@ -314,7 +325,8 @@ def test_what_the_runs_read_is_looked_for_before_the_first_is_started(tmp_path):
         check_inputs(lacking, cells_of(lacking))
     told = str(caught.value)
     for words in (
-        f"data.path: {absent} does not exist", "evaluation.judge", "objective.reward.function", "'math5000' is no",
+        f"data.path: {absent} does not exist", "evaluation.judge", "objective.reward.function",
+        "'math5000': it is none of the registry",
         "aime24 and AIME2024 are both called 'aime24'",
         "student.model_name_or_path: ./no_model does not exist",
     ):  # fmt: skip
@@ -336,20 +348,28 @@ def test_a_judge_is_tried_in_a_process_of_its_own(tmp_path, monkeypatch, capfd):
     assert "hello" not in capfd.readouterr().out
 
 
-def test_runs_on_prompts_that_have_changed_since_are_not_mixed(tmp_path):
-    (tmp_path / "d.jsonl").write_text("one")
-    base = {**BASE, "data": {"path": str(tmp_path / "d.jsonl")}}
-    cells = cells_of(study(base=base, cold_start={"max_steps": 1}))
-    done = Outcome(
-        arm="opd", pair="pair", seed=0, digest="", figures={}, verdict="", headline="", inputs=contents_of(cells[0])
-    )
-    assert done.inputs.keys() == {"data.path", "cold_start.data.path"}
-    check_contents(cells, [done])
-    (tmp_path / "d.jsonl").write_text("another")
-    with pytest.raises(ConfigError, match=r"the file of data.path has changed since opd of pair, seed 0"):
-        check_contents(cells, [done])
-    (tmp_path / "d.jsonl").unlink()
-    check_contents(cells, [done])  # a report needs no data
+@pytest.mark.parametrize("setting", ["data.path", "evaluation.path", "final.benchmarks: math500={}", "evaluation"])
+def test_runs_on_prompts_that_have_changed_since_are_not_mixed(tmp_path, setting):
+    (tmp_path / "folder").mkdir()
+    files = {"data.path": "d.jsonl", "evaluation.path": "folder/e.jsonl"}
+    files |= {"final.benchmarks: math500={}": "b.parquet", "evaluation": "c.jsonl"}
+    for name in files.values():
+        (tmp_path / name).write_text("one")
+    asked = {"path": str(tmp_path / "folder"), "benchmarks": [str(tmp_path / "c.jsonl")]}
+    base = {**BASE, "data": {"path": str(tmp_path / "d.jsonl")}, "evaluation": asked}
+    copy = f"math500={tmp_path / 'b.parquet'}"
+    made = study(base=base, cold_start={"max_steps": 1}, final={"benchmarks": [copy]})
+    cells = cells_of(made)
+    inputs = contents_of(made, cells[0])
+    assert {"data.path", "evaluation.path", "cold_start.data.path", f"final.benchmarks: {copy}"} < inputs.keys()
+    done = Outcome(arm="opd", pair="pair", seed=0, digest="", figures={}, verdict="", headline="", inputs=inputs)
+    check_contents(made, cells, [done])
+    path = tmp_path / files[setting]
+    path.write_text("another")
+    with pytest.raises(ConfigError, match=rf"what {setting.partition(':')[0]}.* names has changed since opd of pair"):
+        check_contents(made, cells, [done])
+    (shutil.rmtree if setting == "evaluation.path" else Path.unlink)(path.parent if "/" in files[setting] else path)
+    check_contents(made, cells, [done])  # a report needs no data
 
 
 def test_runs_that_cannot_be_are_refused_together_before_any_is_started():

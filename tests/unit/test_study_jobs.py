@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -88,6 +89,27 @@ def test_resume_is_said_only_to_what_was_begun(tmp_path):
     assert (tmp_path / "said").read_text() == "[]['--resume']"
 
 
+def test_what_was_begun_with_other_settings_is_not_gone_on_with(tmp_path):
+    begun = tmp_path / "run"
+    code = f"import pathlib; pathlib.Path({str(begun)!r}).mkdir(exist_ok=True); raise SystemExit(1)"
+    assert run_jobs([job(tmp_path, "run", code, begun=begun, settings="a")], parallel=1)["run"].status == "failed"
+    ended = run_jobs([job(tmp_path, "run", "pass", begun=begun, settings="b")], parallel=1)
+    assert "begun with other settings" in ended["run"].why
+    begun.rmdir()
+    ended = run_jobs([job(tmp_path, "run", "pass", begun=begun, settings="b")], parallel=1)
+    assert ended["run"].status == "done"
+
+
+def test_a_job_that_ends_well_before_its_end_has_failed(tmp_path):
+    last = tmp_path / "step-000010"
+    ended = run_jobs([job(tmp_path, "run", "raise SystemExit(0)", leaves=last)], parallel=1)
+    assert (ended["run"].status, "ended with status 0, but" in ended["run"].why) == ("failed", True)
+    ended = run_jobs([job(tmp_path, "run", f"open({str(last)!r}, 'w')", leaves=last)], parallel=1)
+    assert ended["run"].status == "done"
+    last.unlink()
+    assert not run_jobs([job(tmp_path, "run", "pass", leaves=last)], parallel=1)["run"].fresh  # it may be deleted
+
+
 def test_the_log_of_what_goes_on_is_added_to_and_that_of_a_new_start_is_not(tmp_path):
     begun = tmp_path / "run" / "config.yaml"
     run_jobs([job(tmp_path, "run", "print('first'); raise SystemExit(1)", begun=begun)], parallel=1)
@@ -120,4 +142,4 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path):
         pass
     else:
         raise AssertionError("the child is still alive")
-    assert not (tmp_path / "long.job.json").exists()
+    assert "returncode" not in json.loads((tmp_path / "long.job.json").read_text())

@@ -44,6 +44,8 @@ def judge(completion, answer):
         os._exit(11)
     if completion == "exit":
         sys.exit(0)
+    if completion.startswith("says "):
+        return int(completion.removeprefix("says "))
     if completion == "maybe":
         return "maybe"
     if completion == "numpy":
@@ -54,6 +56,10 @@ def judge(completion, answer):
 def extract(completion):
     if completion == "votes":
         raise ValueError("strange vote")
+    if completion == "fall":
+        os._exit(7)
+    if completion == "pause":
+        time.sleep(60)
     if completion == "quit":
         sys.exit(1)
     if completion == "set":
@@ -80,11 +86,13 @@ def name(tmp_path_factory):
 
 def test_whatever_a_judge_does_costs_its_answer_alone(name):
     asked = ["2", "hang", "2", "raise", "crash", "exit", "maybe", "hang in C", "numpy", "3", "2"]
+    asked += ["says -1", "says 2", "says 1", "says 0"]
     with TimedJudge(name, timeout_s=1.0) as judge:
         found = [judge.judge(completion, "2") for completion in asked]
-    assert [one.right for one in found] == [completion in ("2", "numpy") for completion in asked]
+    assert [one.right for one in found] == [completion in ("2", "numpy", "says 1") for completion in asked]
     assert [one.failure for one in found] == [
         None, "timeout", None, "error", "error", "error", "error", "timeout", None, None, None,
+        "error", "error", None, None,
     ]  # fmt: skip
     assert "strange output" in found[3].message
     assert "1 s" in found[1].message
@@ -94,11 +102,13 @@ def test_whatever_a_judge_does_costs_its_answer_alone(name):
 def test_a_vote_of_any_kind_is_text_or_none_and_never_costs_the_verdict(name):
     votes = []
     for _ in range(2):  # processes of their own, in which sets have orders of their own
-        with TimedJudge(name) as judge:
-            found = [judge.judge(answer, answer) for answer in ("votes", "set", "list", "number", "quit", "2")]
+        with TimedJudge(name, timeout_s=2.0) as judge:
+            asked = ("votes", "set", "list", "number", "quit", "2", "pause", "fall", "2")
+            found = [judge.judge(answer, answer) for answer in asked]
         assert all(one.right and one.failure is None for one in found)
         votes.append([one.vote for one in found])
-    assert votes[0] == [None, "['four', 'one', 'three', 'two']", "['1', <class 'object'>]", "3", None, "2"]
+    kinds = [None, "['four', 'one', 'three', 'two']", "['1', <class 'object'>]", "3"]
+    assert votes[0] == [*kinds, None, "2", None, None, "2"]
     assert votes[1] == votes[0]
 
 

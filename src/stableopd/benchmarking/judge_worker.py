@@ -1,9 +1,9 @@
 """The process that a `TimedJudge` asks: `python -m stableopd.benchmarking.judge_worker NAME SETTING`.
 
-Reads lines of {"completion", "answer", "last_resort_s"}, writes lines of {"right", "vote"} or {"error"}. JSON, so that
-nothing that a model wrote is ever executed. The judge, and whatever it starts, have no part in it: they read nothing
-from standard input, and what they print goes to standard error. The one who asks kills a judge that hangs; should that
-one be dead itself, the kernel ends this process after `last_resort_s`.
+Reads lines of {"completion", "answer", "last_resort_s"}; writes for each a line {"error"}, or {"right"} and then
+{"vote"}. JSON, so that nothing that a model wrote is ever executed. The judge, and whatever it starts, have no part in
+it: they read nothing from standard input, and what they print goes to standard error. The one who asks kills a judge
+that hangs; should that one be dead itself, the kernel ends this process after `last_resort_s`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stableopd.errors import StableOPDError
-from stableopd.judges import get_judge, voter_of
+from stableopd.judges import as_verdict, get_judge, voter_of
 
 
 def main() -> None:
@@ -37,21 +37,18 @@ def main() -> None:
     for line in questions:
         asked = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, asked["last_resort_s"])
-        verdict = _judged(judge, vote, asked)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        verdict = _judged(judge, asked)
         print(json.dumps(verdict), file=replies)
+        if "right" in verdict:
+            print(json.dumps({"vote": _vote(vote, asked["completion"])}), file=replies)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _judged(judge: Callable[[str, str], object], vote: Callable[[str], object], asked: dict[str, Any]) -> Any:
+def _judged(judge: Callable[[str, str], object], asked: dict[str, Any]) -> dict[str, Any]:
     try:
-        verdict = judge(asked["completion"], asked["answer"])
-        if hasattr(verdict, "item"):  # numpy's booleans
-            verdict = verdict.item()
-        if not isinstance(verdict, bool | int):
-            raise TypeError(f"a judge says True or False, not {verdict!r}")
+        return {"right": as_verdict(judge(asked["completion"], asked["answer"]))}
     except (Exception, SystemExit) as error:
         return {"error": f"{type(error).__name__}: {error}"[:300]}
-    return {"right": bool(verdict), "vote": _vote(vote, asked["completion"])}
 
 
 def _vote(vote: Callable[[str], object], completion: str) -> str | None:

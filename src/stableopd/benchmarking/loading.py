@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stableopd.benchmarking.registry import INSTRUCTION, REGISTRY, BenchmarkSpec, canonical, plain_answer, spec_of
+from stableopd.benchmarking.registry import REGISTRY, BenchmarkSpec, canonical, plain_answer, spec_of, with_instruction
 from stableopd.errors import ConfigError, DataError
 from stableopd.names import nearest
 from stableopd.reading import Place, Rows, read_rows
@@ -39,9 +39,8 @@ class Benchmark:
     problems: Sequence[Problem]
     num_samples: int = 1
     """Answers that each problem is usually given."""
-    template: str = "{question}"
-    """What the text of a question is put into."""
     is_registered: bool = False
+    """Of the registry: its questions are asked with an instruction (`with_instruction`)."""
 
     def rows(self, *, chat: bool) -> list[dict[str, Any]]:
         """Rows of data: the prompt as text or, with `chat`, as a conversation of one turn; and the answer."""
@@ -49,7 +48,7 @@ class Benchmark:
         for problem in self.problems:
             prompt = problem.prompt
             if isinstance(prompt, str):
-                text = self.template.replace("{question}", prompt)
+                text = with_instruction(prompt) if self.is_registered else prompt
                 prompt = [{"role": "user", "content": text}] if chat else text
             rows.append({"prompt": prompt, "answer": problem.answer})
         return rows
@@ -114,7 +113,6 @@ def load_benchmark(
             name=canonical(name),
             problems=_registered(spec, rows, question_column, answer_column)[:num_problems],
             num_samples=spec.num_samples,
-            template=INSTRUCTION,
             is_registered=True,
         )
     if not Path(given).expanduser().exists() and "/" not in given and not Path(given).suffix:

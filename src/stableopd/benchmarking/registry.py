@@ -15,8 +15,13 @@ from stableopd.errors import DataError
 from stableopd.reading import answer_text
 
 TEMPERATURE = 0.6
-INSTRUCTION = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 """What a problem is asked with; the usual words of mathematical benchmarks."""
+
+
+def with_instruction(problem: str, instruction: str = INSTRUCTION) -> str:
+    """A problem as it is asked: the same in training data and in benchmarks, for a student knows no other form."""
+    return f"{problem.strip()}\n{instruction}" if instruction else problem.strip()
 
 
 def plain_answer(value: Any) -> str:

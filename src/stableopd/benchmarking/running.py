@@ -142,6 +142,7 @@ def _folder_name(settings: EvalSettings, benchmark: Benchmark, subject: Subject,
     """MODEL-WEIGHTS/BENCHMARK-KEY: readable, and another one wherever an answer could be another."""
     sampling: dict[str, Any] = {
         "subject": subject.key(),
+        "weights": subject.weights_digest,
         "prompts": key_of({"ids": [example.prompt_ids for example in examples]}),
         "temperature": settings.temperature,
         "top_p": settings.top_p,

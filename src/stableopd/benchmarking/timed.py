@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Literal
 
-import numpy as np
-
 from stableopd.errors import ConfigError
-from stableopd.judges import get_judge
+from stableopd.judges import as_verdict, get_judge
 from stableopd.protocols import Judge
 
 Failure = Literal["timeout", "error"]
@@ -44,10 +42,7 @@ def verdict_of(judge: Judge, completion: str, answer: str) -> Judged:
     if isinstance(judge, TimedJudge):
         return judge.judge(completion, answer)
     try:
-        verdict: object = judge(completion, answer)
-        if not isinstance(verdict, bool | int | np.bool_):
-            raise TypeError(f"a judge says True or False, not {verdict!r}")
-        return Judged(right=bool(verdict))
+        return Judged(right=as_verdict(judge(completion, answer)))
     except (
         Exception,
         SystemExit,
@@ -153,7 +148,10 @@ class _Worker:
         found: dict[str, Any] = json.loads(reply)
         if "error" in found:
             return Judged(right=False, failure="error", message=found["error"])
-        return Judged(right=found["right"], vote=found["vote"])
+        vote = self._read(process, timeout_s)
+        if not vote:  # it hangs or has died, and the verdict is there
+            self.kill()
+        return Judged(right=found["right"], vote=json.loads(vote)["vote"] if vote else None)
 
     def start(self) -> subprocess.Popen[bytes]:
         """The process, begun where there is none. Raises: ConfigError when the judge cannot be had."""

@@ -83,8 +83,9 @@ def openr1(
     Dropped are generations that are not complete, truncated, too long, repetitive or wrong, and prompts that have no
     other. The part of a prompt follows from its text alone.
     """
+    from stableopd.benchmarking.registry import INSTRUCTION
     from stableopd.console import quiet_libraries, spinner
-    from stableopd.curation.openr1 import COLUMNS, INSTRUCTION, PAPER_COLD_START_FRACTION, Recipe
+    from stableopd.curation.openr1 import COLUMNS, PAPER_COLD_START_FRACTION, Recipe
     from stableopd.curation.parts import make_parts
     from stableopd.curation.screening import Screening
     from stableopd.curation.sources import open_source

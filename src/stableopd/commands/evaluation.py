@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+if TYPE_CHECKING:
+    from stableopd.benchmarking.results import EvalResult, EvalSettings
 
 EPILOG = (
     "Examples: [bold]stableopd eval runs/first --benchmark math500[/], [bold]stableopd eval Qwen/Qwen2.5-Math-1.5B "
@@ -87,12 +91,12 @@ def evaluate_command(
 
     Answers are kept: what was generated once is not generated again, and an evaluation that was stopped goes on.
     """
-    from dataclasses import replace
-
     from stableopd.benchmarking.loading import load_benchmarks
     from stableopd.benchmarking.registry import spec_of
     from stableopd.benchmarking.results import EvalSettings
+    from stableopd.benchmarking.view import to_json
     from stableopd.errors import ConfigError, ModelError
+    from stableopd.lines import write_atomically
     from stableopd.names import is_a_path
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -113,9 +117,8 @@ def evaluate_command(
         answer_column=answer_column,
         num_problems=num_prompts,
     )
-    planned = []
-    for name, loaded in zip(benchmark, found, strict=True):
-        settings = EvalSettings(
+    planned = [
+        EvalSettings(
             model=model,
             benchmark=name,
             revision=revision,
@@ -139,30 +142,43 @@ def evaluate_command(
             batch_size=batch_size,
             device=device,
         )
-        planned.append(settings)
-        if greedy and temperature:
-            planned.append(replace(settings, temperature=0.0, num_samples=1))
+        for name, loaded in zip(benchmark, found, strict=True)
+    ]
+    results = _asked(_with_greedy(planned) if greedy and temperature else planned, out)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, to_json(results) + "\n")
+    _tell(results, as_json=as_json)
 
+
+def _with_greedy(planned: Sequence[EvalSettings]) -> list[EvalSettings]:
+    """Each of them, and then the same greedily."""
+    from dataclasses import replace
+
+    return [one for settings in planned for one in (settings, replace(settings, temperature=0.0, num_samples=1))]
+
+
+def _asked(planned: Sequence[EvalSettings], out: Path) -> list[EvalResult]:
+    """The results, in their order; the judges are tried before the model is loaded."""
     from stableopd.benchmarking.running import evaluate_model
     from stableopd.benchmarking.subject import load_subject
     from stableopd.benchmarking.timed import TimedJudge
-    from stableopd.benchmarking.view import print_results, printable, to_json
     from stableopd.console import quiet_libraries
-    from stableopd.lines import write_atomically
 
     quiet_libraries()
-    results = []
     with _Bar(Console(stderr=True)) as bar:
         for named in {settings.judge for settings in planned}:
             with TimedJudge(named, setting="--judge") as asked:
                 asked.start()
         bar.advance("loading the model", 0, 1)
         subject = load_subject(planned[0])  # they differ in what is asked, not in who is
-        for settings in planned:
-            results.append(evaluate_model(settings, out, bar.advance, subject=subject))
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, to_json(results) + "\n")
+        return [evaluate_model(settings, out, bar.advance, subject=subject) for settings in planned]
+
+
+def _tell(results: Sequence[EvalResult], *, as_json: bool) -> None:
+    """Raises: typer.Exit with status 1 when a benchmark has no verdict at all."""
+    from stableopd.benchmarking.view import print_results, printable, to_json
+
     if as_json:
         typer.echo(to_json(results))
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,8 +59,7 @@ class GoldWork:
         if finished is not None:
             self.judge.close()
             return finished
-        generation_config = getattr(self.model, "generation_config", None)
-        ends = end_token_ids(self.tokenizer, generation_config) | {*self.config.rollout.stop_token_ids}
+        ends = _ends(self.config, self.model, self.tokenizer)
         journal = self.result.journal()
         try:
             sample_gold(
@@ -106,9 +107,15 @@ def prepare_gold(config: StableOPDConfig, rejection: Rejection, out: Path, *, go
             "judge": config.evaluation.judge,
             "gold_prefix": gold_prefix,
             "stop_token_ids": config.rollout.stop_token_ids,
+            "gold_column": config.data.gold_column,
+            "end_token_ids": sorted(_ends(config, model, tokenizer)),
         },
         names={"teacher": teacher_config.model_name_or_path, "data": config.data.path},
-        identity={"data_sha256": prompts.sha256, "teacher_weights": digest_of_weights(model)},
+        identity={
+            "data_sha256": prompts.sha256,
+            "teacher_weights": digest_of_weights(model),
+            "asked_sha256": _digest_of_questions(prompts, tokenizer),
+        },
         gold_column=config.data.gold_column,
     )
     return GoldWork(
@@ -120,6 +127,11 @@ def prepare_gold(config: StableOPDConfig, rejection: Rejection, out: Path, *, go
         judge=judge,
         result=result,
     )
+
+
+def _ends(config: StableOPDConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    generation_config = getattr(model, "generation_config", None)
+    return end_token_ids(tokenizer, generation_config) | {*config.rollout.stop_token_ids}
 
 
 def _teacher(config: StableOPDConfig) -> TeacherConfig:
@@ -154,6 +166,13 @@ def _prompts(config: StableOPDConfig, tokenizer: PreTrainedTokenizerBase) -> Pro
     )
     written = [plain_row(row, place) for row, place in zip(rows, rows.places, strict=True)]  # trouble is told at once
     return Prompts(rows=written, examples=examples)
+
+
+def _digest_of_questions(prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of what the teacher reads and is judged by, whatever column and template it comes from, and of what its tokens
+    mean."""
+    asked = [(example.prompt_ids, example.answer) for example in prompts.examples]
+    return hashlib.sha256(json.dumps([asked, sorted(tokenizer.get_vocab().items())]).encode()).hexdigest()
 
 
 def _sampling(config: StableOPDConfig) -> Sampling:

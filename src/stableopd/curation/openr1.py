@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from stableopd.benchmarking.registry import INSTRUCTION, with_instruction
 from stableopd.curation.cards import Card, histogram, quantiles
 from stableopd.curation.journal import Journal
 from stableopd.curation.plain import plain_row
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HUB_ID = "open-r1/OpenR1-Math-220k:default"
-INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PAPER_COLD_START_FRACTION = 33_000 / 46_000
 COLUMNS = (
     "problem",
@@ -249,7 +249,7 @@ def _gold(
 
 def _asked(problem: str, recipe: Recipe) -> str:
     """The problem with the instruction behind it."""
-    return f"{problem.strip()}\n{recipe.instruction}" if recipe.instruction else problem.strip()
+    return with_instruction(problem, recipe.instruction)
 
 
 def _prompt_tokens(problem: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:

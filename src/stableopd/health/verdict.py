@@ -106,6 +106,12 @@ def collapse_step(rows: Iterable[Mapping[str, Any]], name: str) -> int | None:
     return next((point.step for point in _points(_by_step(rows), name) if point.collapsed), None)
 
 
+def collapsed_at_end(rows: Iterable[Mapping[str, Any]], name: str) -> bool:
+    """Whether a run that had collapsed on `name` was still more than 0.15 below its best at its last evaluation."""
+    points = _points(_by_step(rows), name)
+    return any(point.collapsed for point in points) and points[-1].fell
+
+
 def _sum_up(findings: list[_Finding]) -> Verdict:
     order: tuple[Status, ...] = ("healthy", "warning", "collapsed")
     status = max((finding.status for finding in findings), key=order.index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,6 +167,11 @@ def student_of(config: StableOPDConfig) -> Path:
         if not config.student.lora.merge:
             raise ConfigError("the cold start trains adapters: set student.lora.merge to true for it to leave a model")
         return config.run_dir / "merged"
+    return last_checkpoint(config)
+
+
+def last_checkpoint(config: StableOPDConfig) -> Path:
+    """The checkpoint that a run which went to its end leaves."""
     return config.run_dir / "checkpoints" / f"step-{config.max_steps:06d}"
 
 
@@ -183,7 +189,8 @@ def _method_of(name: str, given: Mapping[str, Any]) -> str:
 def _as_folder(arm: str) -> str:
     """The arm as a folder's name; long or odd ones get a digest in place of what does not fit."""
     plain = "".join(char if char.isalnum() or char in "._+=-" else "_" for char in arm)
-    return plain if plain == arm.replace(" ", "_") and len(plain) <= 120 else f"{plain[:100]}-{_digest(arm)}"
+    as_it_is = plain == re.sub(r" (?=[A-Za-z_.]+=)", "_", arm)  # a space in a value may not be taken for its _
+    return plain if as_it_is and len(plain) <= 120 else f"{plain[:100]}-{_digest(arm)}"
 
 
 def _digest(text: str) -> str:

@@ -85,6 +85,7 @@ class StudyConfig(Section):
     """What starts a run in place of `python -m stableopd`: torchrun --nproc_per_node 4 -m stableopd."""
     output_dir: str
     _part: str = PrivateAttr("")
+    _whole: Self | None = PrivateAttr(None)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -180,7 +181,13 @@ class StudyConfig(Section):
             changes["pairs"] = {name: given for name, given in self.pairs.items() if name in pairs}
         part = self.model_copy(update=changes)
         part._part = "; ".join(", ".join(names) for names in (methods, pairs) if names)
+        part._whole = self.whole if part._part else self._whole
         return part
+
+    @property
+    def whole(self) -> Self:
+        """The study that this is a part of; itself where it is whole."""
+        return self._whole or self
 
     @property
     def part(self) -> str:

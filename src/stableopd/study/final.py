@@ -47,6 +47,7 @@ def protocol(final: FinalConfig, config: StableOPDConfig) -> dict[str, Any]:
         "--max-completion-length": final.max_completion_length or config.eval_max_completion_length,
         "--stop-strings": list(config.rollout.stop_strings) or None,
         "--stop-token-ids": list(config.rollout.stop_token_ids) or None,
+        "--no-chat": own or not evaluation.chat or None,  # the run's own prompts are asked as they stand
         "--chat-template-kwargs": config.data.chat_template_kwargs or None,
         "--judge": final.judge or evaluation.judge,
         "--judge-timeout": evaluation.judge_timeout_s,
@@ -67,8 +68,6 @@ def final_job(study: StudyConfig, final: FinalConfig, cell: Cell, after: Job) ->
     command = [sys.executable, "-m", "stableopd", "eval", str(cell.folder)]
     for option, value in protocol(final, cell.config).items():
         command += _arguments(option, value)
-    if not (final.benchmarks and cell.config.evaluation.chat):  # the run's own prompts are asked as they stand
-        command.append("--no-chat")
     command += ["--out", str(study.folder / "evals"), "--output", str(answers_of(cell))]
     return Job(
         name=f"answers {cell.folder.relative_to(study.folder)}",

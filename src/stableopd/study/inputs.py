@@ -35,33 +35,46 @@ def check_inputs(study: StudyConfig, cells: Sequence[Cell]) -> None:
                 judge.start()
         except (ConfigError, MissingDependencyError) as error:
             problems[str(error)] = None
-    problems |= dict.fromkeys(_wrong_benchmarks(study.final.benchmarks if study.final else ()))
+    asked = {("final.benchmarks", study.final.benchmarks if study.final else ())}
+    asked |= {("evaluation.benchmarks", cell.config.evaluation.benchmarks) for cell in cells}
+    for setting, names in sorted(asked):
+        problems |= dict.fromkeys(_wrong_benchmarks(setting, names))
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def contents_of(cell: Cell) -> dict[str, str]:
-    """A digest of each file of prompts that a run reads, by its setting; of those that are there."""
+def contents_of(study: StudyConfig, cell: Cell) -> dict[str, str]:
+    """A digest of each file or folder of prompts that a run reads or is asked, by its setting, where it is there."""
     found = {}
     for prefix, config in (("", cell.config), ("cold_start.", cell.cold_start)):
-        for setting, path in _prompt_files(config) if config else ():
-            if Path(path).expanduser().is_file():
-                found[prefix + setting] = _digest_of_file(Path(path).expanduser())
-    return found
+        for setting, path in (*_prompt_files(config), *_benchmark_files(config)) if config else ():
+            found[prefix + setting] = path
+    for name in study.final.benchmarks if study.final else ():
+        found[f"final.benchmarks: {name}"] = _file_of_benchmark(name)
+    places = {setting: Path(path).expanduser() for setting, path in found.items()}
+    return {setting: _digest_at(place) for setting, place in places.items() if place.exists()}
 
 
-def check_contents(cells: Sequence[Cell], known: Sequence[Outcome]) -> None:
+def check_contents(study: StudyConfig, cells: Sequence[Cell], known: Sequence[Outcome]) -> None:
     """Raises: ConfigError for a file that holds something else than when a finished run read it."""
     results = {outcome.key: outcome for outcome in known}
     for cell in cells:
         outcome = results.get(cell.key)
-        now = contents_of(cell) if outcome is not None and outcome.inputs else {}
+        now = contents_of(study, cell) if outcome is not None and outcome.inputs else {}
         changed = [name for name, digest in now.items() if outcome and outcome.inputs.get(name, digest) != digest]
         if changed:
             raise ConfigError(
-                f"the file of {changed[0]} has changed since {cell.arm} of {cell.pair}, seed {cell.seed} was run, and "
-                "runs on other prompts are not mixed: put the old file back, or choose another output_dir"
+                f"what {changed[0]} names has changed since {cell.arm} of {cell.pair}, seed {cell.seed} was run, and "
+                "runs on other prompts are not mixed: put it back as it was, or choose another output_dir"
             )
+
+
+def _digest_at(place: Path) -> str:
+    if place.is_file():
+        return _digest_of_file(place)
+    files = {str(file.relative_to(place)): file for file in sorted(place.rglob("*")) if file.is_file()}
+    digests = [(name, _digest_of_file(file)) for name, file in files.items()]
+    return hashlib.blake2b(repr(digests).encode(), digest_size=8).hexdigest()
 
 
 def _digest_of_file(path: Path) -> str:
@@ -76,18 +89,31 @@ def _digest_of(path: Path, changed: int, size: int) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
-def _wrong_benchmarks(names: Sequence[str]) -> Iterator[str]:
+def _wrong_benchmarks(setting: str, names: Sequence[str]) -> Iterator[str]:
     """Benchmarks that are not there, and two whose answers would be one another's."""
     seen: dict[str, str] = {}
     for name in names:
-        known = spec_of(name.partition("=")[0]) is not None
-        on_the_hub = "/" in name and not looks_local(name)
-        if not known and not on_the_hub and not Path(name).expanduser().exists():
-            yield f"final.benchmarks: {name!r} is no benchmark of the registry and no file"
-        called = canonical(name.partition("=")[0]) if known else Path(name).stem
+        plain, equals, _ = name.partition("=")
+        known = spec_of(plain) is not None
+        on_the_hub = not equals and "/" in name and not looks_local(name)
+        if not (known and not equals) and not on_the_hub and not Path(_file_of_benchmark(name)).expanduser().exists():
+            what = f"{_file_of_benchmark(name)} does not exist" if known else "it is none of the registry and no file"
+            yield f"{setting}: {name!r}: {what}"
+        called = canonical(plain) if known else Path(name).stem
         if called in seen:
-            yield f"final.benchmarks: {seen[called]} and {name} are both called {called!r}: rename one of them"
+            yield f"{setting}: {seen[called]} and {name} are both called {called!r}: rename one of them"
         seen[called] = name
+
+
+def _file_of_benchmark(name: str) -> str:
+    """The file of a local copy (`math500=copy.parquet`), or the name itself, which may be one."""
+    plain, equals, copy = name.partition("=")
+    return copy if equals and spec_of(plain) is not None else name
+
+
+def _benchmark_files(config: StableOPDConfig) -> Iterator[tuple[str, str]]:
+    for name in config.evaluation.benchmarks:
+        yield f"evaluation.benchmarks: {name}", _file_of_benchmark(name)
 
 
 def _files(config: StableOPDConfig) -> Iterator[tuple[str, str]]:

@@ -35,12 +35,23 @@ class Job:
     """A file that is there once the job has something to go on from."""
     makes: Path | None = None
     """A file without which it is not made, whatever its record says."""
+    leaves: Path | None = None
+    """What is there when it has come to its end; without it, one that ended with status 0 has failed."""
     settings: str = ""
     """What it is made with: a finished job is taken as it is only where these are the same."""
 
     @property
     def digest(self) -> str:
         return hashlib.blake2b(self.settings.encode(), digest_size=12).hexdigest()
+
+    @property
+    def attempt(self) -> dict[str, Any]:
+        """What is known of its last start: with which settings, and how it ended if it ended well."""
+        try:
+            found = json.loads(self.record.read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     @property
     def log(self) -> Path:
@@ -52,13 +63,10 @@ class Job:
 
     def made_with(self) -> dict[str, Any] | None:
         """The record of a finished job; None when it has not ended well yet."""
-        try:
-            found = json.loads(self.record.read_text())
-        except (OSError, ValueError):
+        found = self.attempt
+        if "returncode" not in found or (self.makes is not None and not self.makes.exists()):
             return None
-        if self.makes is not None and not self.makes.exists():
-            return None
-        return found if isinstance(found, dict) else None
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +126,9 @@ def run_jobs(
             ready = [job for job in waiting if all(_is_done(name, ended) for name in job.after)]
             for job in ready[: parallel - len(active)]:
                 waiting.remove(job)
+                if why := _begun_otherwise(job):
+                    end(job, "failed", why=why)
+                    continue
                 try:
                     active.append(_start(job, environment))
                 except OSError as error:
@@ -152,6 +163,13 @@ def _is_blocked(job: Job, ended: Mapping[str, Ended]) -> bool:
     return any(name in ended and ended[name].status != "done" for name in job.after)
 
 
+def _begun_otherwise(job: Job) -> str:
+    """Why a job that was begun cannot be gone on with; empty: it can, or there is nothing to go on from."""
+    if job.begun is None or not job.begun.exists() or job.attempt.get("digest", job.digest) == job.digest:
+        return ""
+    return f"{job.begun} was begun with other settings; put them back, or remove it to begin anew"
+
+
 def _start(job: Job, environment: Mapping[str, str] | None) -> _Active:
     """Its log begins anew only where nothing is gone on with: in a new file, for an orphan may still write to the old.
 
@@ -159,6 +177,7 @@ def _start(job: Job, environment: Mapping[str, str] | None) -> _Active:
     """
     job.stem.parent.mkdir(parents=True, exist_ok=True)
     resumed = job.begun is not None and job.begun.exists()
+    write_atomically(job.record, json.dumps({"digest": job.digest}) + "\n")
     parts = [part for part in job.command if part != "{resume}" or resumed]
     if not resumed:
         job.log.unlink(missing_ok=True)
@@ -185,6 +204,8 @@ def _look_at(one: _Active) -> tuple[Status, str] | None:
     one.log.close()
     if code not in (0, STOPPED_BY_CONTROLLER):
         return "failed", f"ended with status {code}; see {one.job.log}\n{_tail(one.job.log)}"
+    if code == 0 and one.job.leaves is not None and not one.job.leaves.exists():
+        return "failed", f"ended with status 0, but {one.job.leaves} is not there; see {one.job.log}"
     record = {"digest": one.job.digest, "returncode": code, "seconds": round(time.monotonic() - one.started, 1)}
     write_atomically(one.job.record, json.dumps(record) + "\n")
     return "done", ""

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stableopd.config import StableOPDConfig
-from stableopd.config_files import dump_config, flatten, read_yaml
+from stableopd.config_files import flatten, load_config
 from stableopd.errors import ConfigError
 from stableopd.study.cells import Cell, without_places
 from stableopd.study.config import StudyConfig
@@ -85,8 +83,12 @@ def _differences(cell: Cell) -> list[str]:
     for prefix, config in (("", cell.config), ("cold_start.", cell.cold_start)):
         if config is None or not settings_file(config).exists():
             continue
-        stored, now = flatten(read_yaml(settings_file(config))[0]), flatten(yaml.safe_load(dump_config(config)))
-        if stored.get("output_dir") != now["output_dir"]:  # moved since, and so are all its paths
+        try:
+            stored = flatten(load_config(settings_file(config)).model_dump(mode="json"))
+        except ConfigError:  # of another version
+            continue
+        now = flatten(config.model_dump(mode="json"))
+        if stored["output_dir"] != now["output_dir"]:  # moved since, and so are all its paths
             continue
         found += [
             f"{prefix}{key}: {stored.get(key)!r} -> {now.get(key)!r}"

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from stableopd.benchmarking.results import EvalResult
 from stableopd.errors import RunFolderError
-from stableopd.health.verdict import collapse_step
+from stableopd.health.verdict import collapse_step, collapsed_at_end
 from stableopd.lines import append_line, write_atomically
 from stableopd.runfolder import RunRecord, read_run
 
@@ -93,6 +93,7 @@ def outcome_of_run(run: RunRecord, name: str) -> tuple[dict[str, float], dict[st
     figures["collapsed"] = float(collapsed is not None)
     if collapsed is not None:
         figures["collapse_step"] = float(collapsed)
+        figures["collapsed_at_end"] = float(collapsed_at_end(run.metrics, name))
     figures["critical_alerts"] = float(sum(alert.severity == "critical" for alert in run.alerts))
     figures["actions"] = float(sum(alert.rule == "controller" for alert in run.alerts))
     figures["steps"] = float(run.last_step or 0)

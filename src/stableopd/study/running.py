@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stableopd.config import StableOPDConfig
 from stableopd.config_files import dump_config
-from stableopd.errors import StableOPDError
+from stableopd.errors import ConfigError, StableOPDError
 from stableopd.lines import write_atomically
 from stableopd.recorder import lock_folder
-from stableopd.study.cells import Cell, cells_of
+from stableopd.study.cells import Cell, cells_of, last_checkpoint
 from stableopd.study.config import StudyConfig
 from stableopd.study.final import answers_of, final_job
 from stableopd.study.inputs import check_contents, check_inputs, contents_of
@@ -65,7 +65,7 @@ def run_study(
     """
     cells = cells_of(study)
     known = read_outcomes(study.folder / RESULTS)
-    check_contents(cells, known)
+    check_contents(study, cells, known)
     check_unchanged(study, cells, known)
     check_inputs(study, cells)
     study.folder.mkdir(parents=True, exist_ok=True)
@@ -112,19 +112,32 @@ def _without_twins(study: StudyConfig, cells: Sequence[Cell], known: Sequence[Ou
     result already, the others are given it here.
     """
     results = {outcome.key: outcome for outcome in known}
+    wanted = {cell.key for cell in cells}
     groups: dict[str, list[Cell]] = {}
-    for cell in cells:
+    for cell in _cells_of_the_whole(study, cells):
         groups.setdefault(run_key(cell), []).append(cell)
     missing = []
     for twins in groups.values():
-        without = [cell for cell in twins if cell.key not in results]
-        done = next((results[cell.key] for cell in twins if cell.key in results), None)
-        if done is None:
+        done = next((results[cell.key] for cell in twins if _is_done(study, cell, results)), None)
+        without = [cell for cell in twins if cell.key in wanted and cell.key not in results]
+        if done is not None:
+            for cell in without:
+                append_outcome(study.folder / RESULTS, _for_cell(study, cell, done))
+        elif without:
             missing.append(without)
-            continue
-        for cell in without:
-            append_outcome(study.folder / RESULTS, _for_cell(study, cell, done))
     return missing
+
+
+def _is_done(study: StudyConfig, cell: Cell, results: Mapping[tuple[str, str, int], Outcome]) -> bool:
+    return cell.key in results and results[cell.key].digest == settings_digest(study.whole, cell)
+
+
+def _cells_of_the_whole(study: StudyConfig, cells: Sequence[Cell]) -> Sequence[Cell]:
+    """Also the runs of methods and pairs that were not asked for: one of them may be a twin that is done."""
+    try:
+        return cells_of(study.whole)
+    except ConfigError:  # what was not asked for may be impossible
+        return cells
 
 
 def _for_cell(study: StudyConfig, cell: Cell, outcome: Outcome) -> Outcome:
@@ -138,7 +151,7 @@ def existing(study: StudyConfig) -> StudyRun:
     """
     cells = cells_of(study)
     known = read_outcomes(study.folder / RESULTS)
-    check_contents(cells, known)
+    check_contents(study, cells, known)
     check_unchanged(study, cells, known)
     return StudyRun(study=study, cells=cells, outcomes=_finished(study, cells))
 
@@ -171,6 +184,7 @@ def _training(study: StudyConfig, what: str, config: StableOPDConfig, after: Seq
         stem=folder,
         after=tuple(job.name for job in after),
         begun=folder,
+        leaves=last_checkpoint(config),
         settings=training_settings(study, config),
     )
 
@@ -184,7 +198,7 @@ def _outcome(study: StudyConfig, cell: Cell) -> Outcome:
         digest=settings_digest(study, cell),
         name=cell.config.evaluation.name,
     )
-    outcome = replace(outcome, inputs=contents_of(cell))
+    outcome = replace(outcome, inputs=contents_of(study, cell))
     return with_answers(outcome, answers_of(cell)) if study.final is not None else outcome
 
 
