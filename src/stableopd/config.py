@@ -385,7 +385,7 @@ def explain(error: ValidationError, known: Collection[str]) -> list[tuple[str, s
     """(dotted key, what is wrong with it and what to do) for every problem; `known` keys are those to have meant."""
     problems = []
     for problem in error.errors():
-        dotted = ".".join(str(part) for part in problem["loc"])
+        dotted = ".".join(str(part) for part in problem["loc"] if part != "[key]")
         unknown = problem["type"] == "extra_forbidden"
         problems.append((dotted, _unknown_key(dotted, known) if unknown else _wrong_value(dotted, problem)))
     return problems
@@ -415,6 +415,8 @@ def _wrong_value(dotted: str, problem: Any) -> str:
         return f"{dotted}: {message[0].lower()}{message[1:]}"
     if problem["type"] == "model_type":
         message = "is a section: give its settings one by one, as a mapping"
+    elif problem["type"] == "tuple_type":
+        message = "input should be a list"
     elif isinstance(given, float) and math.isnan(given):
         message = "input should be a finite number"
     shown = repr(given)

@@ -68,10 +68,18 @@ class ConsoleReporter(Callback):
             self._progress.update(self._task, completed=step)
 
     def on_evaluate(self, trainer: Any, metrics: Mapping[str, float]) -> None:
-        accuracy = metrics.get(f"eval/{trainer.config.evaluation.name}/accuracy")
+        settings = trainer.config.evaluation
+        accuracy = metrics.get(f"eval/{settings.name}/accuracy")
         if accuracy is None:
             self._hint(
                 f"accuracy is not measured: no held-out row has the column {trainer.config.data.answer_column!r}"
+            )
+        elif failures := metrics.get(f"eval/{settings.name}/judge_failures"):
+            timeouts = metrics.get(f"eval/{settings.name}/judge_timeouts", 0.0)
+            self._hint(
+                f"the judge {settings.judge} gave no verdict on {failures:.0f} held-out answers, which count as wrong "
+                f"({timeouts:.0f} took longer than {settings.judge_timeout_s:g} s, the others raised or crashed); see "
+                "evaluation.judge, and eval/*/judge_failures in metrics.jsonl"
             )
         elif accuracy == 0.0:
             self._hint("not one held-out answer was judged right; if that surprises you, look at evaluation.judge")

@@ -223,8 +223,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _cannot_load(what: str, role: str, name: str, error: Exception) -> ModelError:
+    missing = "" if Path(name).exists() else f"there is no folder {name!r} in {Path.cwd()}, and on the hub: "
+    setting = "a model" if role == "model" else f"{role}.model_name_or_path"
     return ModelError(
-        f"the {role} {what} {name!r} cannot be loaded: {_first_line(error)}\n"
-        f"{role}.model_name_or_path must be a folder written by save_pretrained (config.json, model.safetensors, "
-        "tokenizer files) or the id of such a repository on the hub"
+        f"the {role} {what} {name!r} cannot be loaded: {missing}{_first_line(error)}\n"
+        f"{setting} must be a folder written by save_pretrained (config.json, model.safetensors, tokenizer files) or "
+        "the id of such a repository on the hub"
     )

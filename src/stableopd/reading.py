@@ -218,6 +218,8 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
         line = first_line + error.lineno - 1
         hint = ". If it holds one object per line, name it .jsonl" if path.suffix == ".json" else ". Correct the line"
         raise DataError(f"{path}, line {line}, column {error.colno} is not JSON: {error.msg}{hint}") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise DataError(f"{path}, line {first_line} cannot be read as JSON: {error}. Correct the line") from error
 
 
 def _suffixes() -> str:

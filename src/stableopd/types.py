@@ -51,6 +51,8 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     num_generations: int = 1
+    first_generation: int = 0
+    """Number of the first completion of each prompt: those before it were drawn already."""
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
     """A completion ends with the token that completes one of these in its text (finish reason `stop`)."""

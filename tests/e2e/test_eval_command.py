@@ -75,13 +75,13 @@ def run(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., Done]]:
 
 
 def generations(monkeypatch) -> list[int]:
-    """Numbers of prompts that the engine is asked for from now on."""
+    """Numbers of completions that the engine is asked for from now on."""
     asked: list[int] = []
     generate = HFEngine.generate
 
-    def counted(self, examples, *arguments, **keywords):
-        asked.append(len(examples))
-        return generate(self, examples, *arguments, **keywords)
+    def counted(self, examples, sampling, **keywords):
+        asked.append(len(examples) * sampling.num_generations)
+        return generate(self, examples, sampling, **keywords)
 
     monkeypatch.setattr(HFEngine, "generate", counted)
     return asked
@@ -116,8 +116,9 @@ def test_what_was_generated_is_not_generated_again(settings, tmp_path, monkeypat
     other = evaluate_model(with_(settings, judge="exact"), tmp_path)
     assert [prompt.lengths for prompt in other.prompts] == [prompt.lengths for prompt in first.prompts]
     assert asked == []
-    evaluate_model(with_(settings, num_samples=5), tmp_path)
-    assert sum(asked) == 12
+    more = evaluate_model(with_(settings, num_samples=5), tmp_path)
+    assert sum(asked) == 12  # completions: the fifth of each prompt alone
+    assert evaluate_model(with_(settings, num_samples=5), tmp_path / "afresh").prompts == more.prompts
 
 
 @pytest.mark.parametrize("change", [{"seed": 4}, {"temperature": 0.9}, {"max_completion_length": 9}, {"top_p": 0.5}])
@@ -125,14 +126,14 @@ def test_answers_are_kept_apart_wherever_they_could_differ(settings, tmp_path, m
     evaluate_model(settings, tmp_path)
     asked = generations(monkeypatch)
     evaluate_model(with_(settings, **change), tmp_path)
-    assert sum(asked) == 12
+    assert sum(asked) == 48
 
 
 def test_other_weights_are_another_model(settings, checkpoints, tmp_path, monkeypatch):
     evaluate_model(settings, tmp_path)
     asked = generations(monkeypatch)
     evaluate_model(with_(settings, model=str(checkpoints / "teacher")), tmp_path)
-    assert sum(asked) == 12
+    assert sum(asked) == 48
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_what_lies_beside_the_weights_makes_another_model(settings, tmp_path, mo
     path = copy / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     other = evaluate_model(mine, tmp_path / "evals")
-    assert sum(asked) == 12
+    assert sum(asked) == 48
     assert other.weights_digest == first.weights_digest
     assert [prompt.lengths for prompt in other.prompts] != [prompt.lengths for prompt in first.prompts]
 
@@ -233,7 +234,7 @@ def test_answers_end_where_a_run_ends_them_and_are_kept_apart(settings, tmp_path
     (token,) = tokenizer.encode(common, add_special_tokens=False)
     asked = generations(monkeypatch)
     stopped = evaluate_model(with_(settings, **{kind: (common if kind == "stop_strings" else token,)}), tmp_path)
-    assert sum(asked) == 12
+    assert sum(asked) == 48
     assert stopped.num_tokens < plain.num_tokens
     for prompt, before in zip(stopped.prompts, plain.prompts, strict=True):
         assert all(length <= longer for length, longer in zip(prompt.lengths, before.lengths, strict=True))
@@ -242,7 +243,7 @@ def test_answers_end_where_a_run_ends_them_and_are_kept_apart(settings, tmp_path
     assert all(common not in text[:-1] for text in kept)
     assert any(text.endswith(common) for text in kept) == (kind == "stop_strings")
     assert evaluate_model(settings, tmp_path).prompts == plain.prompts
-    assert sum(asked) == 12
+    assert sum(asked) == 48
 
 
 def test_results_that_were_stored_before_there_were_stops_and_messages_are_read(settings, tmp_path):

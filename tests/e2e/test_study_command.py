@@ -140,9 +140,28 @@ def test_finished_runs_of_other_settings_are_never_mixed_in(finished):
     assert changed.returncode == 2
     told = " ".join(changed.stderr.split())
     assert "were made with other settings, stableopd of pair, seed 0 among them (" in told
-    assert "optimizer.learning_rate: 0.01 -> 0.5" in told
+    assert "(cold_start.optimizer.learning_rate: not set -> 0.5; optimizer.learning_rate: not set -> 0.5)" in told, told
     assert "Traceback" not in changed.stderr
     assert (folder / "out" / "results.jsonl").read_bytes() == before
+
+
+def test_finished_runs_are_asked_anew_without_being_trained_again(finished, tmp_path):
+    folder, path, _ = finished
+    shutil.copytree(folder / "out", tmp_path / "out")
+    moved = tmp_path / "moved.yaml"
+    moved.write_text(path.read_text().replace(str(folder / "out"), str(tmp_path / "out")))
+    metrics = tmp_path / "out" / "runs" / "pair" / "opd" / "seed-0" / "metrics.jsonl"
+    before = metrics.stat().st_mtime_ns
+    refused = run(moved, "final.num_prompts=4")
+    assert refused.returncode == 2
+    assert "(final.--num-prompts: 10 -> 4). Only what they are asked at the end differs: --ask-again" in " ".join(
+        refused.stderr.split()
+    )
+    run(moved, "final.num_prompts=4", "--ask-again")
+    found = read_outcomes(tmp_path / "out" / "results.jsonl")
+    assert [len(one.answers["validation"]) for one in found] == [4, 4]
+    assert metrics.stat().st_mtime_ns == before
+    assert run(moved, "final.num_prompts=4", "--report-only").returncode == 1
 
 
 def test_the_report_alone_runs_nothing(finished):

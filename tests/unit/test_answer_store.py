@@ -24,7 +24,7 @@ GOOD = {"prompt": 0, "sample": 0, "text": "2", "num_tokens": 2, "finish_reason":
 def test_a_line_with_what_no_answer_has_is_made_again(tmp_path, change):
     (tmp_path / "completions.jsonl").write_text(json.dumps({**GOOD, **change}) + "\n")
     store = AnswerStore(tmp_path, 1_000)
-    assert store.missing(1, 1) == [0]
+    assert store.missing(1, 1) == {0: [0]}
     store.add(Answer(**GOOD))
     assert AnswerStore(tmp_path, 1_000).answers == {(0, 0): Answer(**GOOD)}
 

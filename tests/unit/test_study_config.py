@@ -14,7 +14,7 @@ from stableopd.study.final import final_job, protocol
 from stableopd.study.inputs import check_contents, check_inputs, contents_of
 from stableopd.study.jobs import Job
 from stableopd.study.layers import merged
-from stableopd.study.made_with import settings_digest
+from stableopd.study.made_with import made_with, settings_digest, standing
 from stableopd.study.outcome import Outcome, read_outcomes
 from stableopd.study.running import _without_twins
 
@@ -370,6 +370,41 @@ def test_runs_on_prompts_that_have_changed_since_are_not_mixed(tmp_path, setting
         check_contents(made, cells, [done])
     (shutil.rmtree if setting == "evaluation.path" else Path.unlink)(path.parent if "/" in files[setting] else path)
     check_contents(made, cells, [done])  # a report needs no data
+
+
+def test_a_refusal_names_what_differs_and_says_when_asking_again_will_do():
+    made = study(world=WORLD, base={"max_steps": 5}, final={}, pairs={}, cold_start={"max_steps": 2})
+    cell = cells_of(made)[0]
+    done = Outcome(
+        arm="opd", pair="a", seed=0, digest=settings_digest(made, cell), figures={}, verdict="", headline="",
+        made_with=made_with(made, cell),
+    )  # fmt: skip
+
+    def refusal(**changes) -> str:
+        other = made.model_copy(update={key: getattr(study(**given(changes)), key) for key in changes})
+        with pytest.raises(ConfigError) as caught:
+            standing(other, cells_of(other), [done])
+        return str(caught.value)
+
+    def given(changes):
+        return {"world": WORLD, **changes}
+
+    assert standing(made, cells_of(made), [done]) == [done]
+    told = refusal(base={"max_steps": 7, "data": {"chat_template_kwargs": {"think": True}}})
+    assert "cold_start.data.chat_template_kwargs.think: not set -> True; data.chat" in told
+    assert "max_steps: 5 -> 7)" in told
+    assert "--ask-again" not in told
+    assert "world.teacher: 'teacher " in refusal(
+        world={"name": "toy", "teachers": {"a": {"seed": 3}, "b": {"seed": 2}}}
+    )
+    told = refusal(final={"num_prompts": 4})
+    assert "(final.--num-prompts: not set -> 4)" in told
+    assert "--ask-again asks them anew without training them again" in told
+    other = made.model_copy(update={"final": study(world=WORLD, final={"num_prompts": 4}).final})
+    assert standing(other, cells_of(other), [done], ask_again=True) == []
+    both = other.model_copy(update={"base": {"max_steps": 6}})
+    with pytest.raises(ConfigError, match="max_steps: 5 -> 6"):
+        standing(both, cells_of(both), [done], ask_again=True)
 
 
 def test_runs_that_cannot_be_are_refused_together_before_any_is_started():

@@ -8,6 +8,7 @@ import pytest
 from fake_runs import write_collapsing_run, write_healthy_run
 from rich.console import Console
 
+from stableopd.bootstrap import Estimate
 from stableopd.errors import RunFolderError
 from stableopd.runfolder import read_run
 from stableopd.study.cells import Cell, cells_of
@@ -17,7 +18,7 @@ from stableopd.study.outcome import Outcome, append_outcome, outcome_of_run, rea
 from stableopd.study.report import headline, markdown, render_study, write_study
 from stableopd.study.running import StudyRun
 from stableopd.study.table import rows_by_pair, rows_of, score
-from stableopd.study.view import cells_of_row, columns, note, print_study, to_json, warnings
+from stableopd.study.view import cells_of_row, columns, note, print_study, shown, to_json, warnings
 
 NASTY = "</script><script>alert(1)</script>[bold]"
 
@@ -139,11 +140,11 @@ def test_figures_at_the_end_are_the_last_ones_and_the_accuracy_curve_is_kept_who
 def test_greedy_columns_are_of_the_final_benchmark_where_it_was_answered_greedily():
     figures = {"greedy_accuracy": 0.1, "greedy_truncation": 0.2, "best_accuracy": 0.9}
     final = {"final_greedy_accuracy": 0.3, "final_greedy_truncation": 0.4}
-    for given, shown in ((figures, ["0.100", "0.200"]), ({**figures, **final}, ["0.300", "0.400"])):
+    for given, told in ((figures, ["0.100", "0.200"]), ({**figures, **final}, ["0.300", "0.400"])):
         run = a_run([outcome("opd", figures=given)])
         (row,) = rows_of(run)
         cells = dict(zip(columns(run), cells_of_row(row), strict=True))
-        assert [cells[name] for name in ("greedy", "cut off")] == shown
+        assert [cells[name] for name in ("greedy", "cut off")] == told
 
 
 def test_runs_that_answered_other_prompts_than_others_still_count_by_their_answers():
@@ -180,6 +181,13 @@ def test_a_report_on_a_part_of_a_study_says_so():
 def test_a_tie_is_not_better():
     runs = [outcome("stableopd", accuracy=0.5), outcome("opd", accuracy=0.5)]
     assert rows_of(a_run(runs))[1].better == 0
+    spread = [replace(runs[0], answers={"b": [1 / 3, 1 / 3, 1 / 3]}), replace(runs[1], answers={"b": [1.0, 0.0, 0.0]})]
+    assert rows_of(a_run(spread))[1].better == 0
+    assert rows_of(a_run(spread[::-1]))[1].better == 0
+
+
+def test_a_difference_of_nothing_has_no_sign_of_a_loss():
+    assert shown(Estimate(mean=-1e-17, low=-0.0001, high=0.0, num_runs=2), signed=True) == "+0.000 [+0.000, +0.000]"
 
 
 def test_the_health_table_has_means_over_runs():

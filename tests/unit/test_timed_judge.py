@@ -48,6 +48,13 @@ def judge(completion, answer):
         return int(completion.removeprefix("says "))
     if completion == "maybe":
         return "maybe"
+    if completion == "scribble":
+        for descriptor in range(3, 20):
+            try:
+                os.write(descriptor, b"junk\\n[1]\\n{\\"right\\": true}\\n")
+            except OSError:
+                pass
+        return False
     if completion == "numpy":
         import numpy
         return numpy.bool_(True)
@@ -86,13 +93,13 @@ def name(tmp_path_factory):
 
 def test_whatever_a_judge_does_costs_its_answer_alone(name):
     asked = ["2", "hang", "2", "raise", "crash", "exit", "maybe", "hang in C", "numpy", "3", "2"]
-    asked += ["says -1", "says 2", "says 1", "says 0"]
+    asked += ["scribble", "2", "says -1", "says 2", "says 1", "says 0"]
     with TimedJudge(name, timeout_s=1.0) as judge:
         found = [judge.judge(completion, "2") for completion in asked]
     assert [one.right for one in found] == [completion in ("2", "numpy", "says 1") for completion in asked]
     assert [one.failure for one in found] == [
         None, "timeout", None, "error", "error", "error", "error", "timeout", None, None, None,
-        "error", "error", None, None,
+        None, None, "error", "error", None, None,
     ]  # fmt: skip
     assert "strange output" in found[3].message
     assert "1 s" in found[1].message
@@ -149,7 +156,7 @@ def test_a_judge_that_hangs_does_not_outlive_one_who_was_killed(name):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
         assert "ready" in json.loads(process.stdout.readline())
-        process.stdin.write(b'{"completion": "hang", "answer": "2", "last_resort_s": 0.5}\n')
+        process.stdin.write(b'{"completion": "hang", "answer": "2", "token": "t", "last_resort_s": 0.5}\n')
         process.stdin.flush()
         try:
             assert process.wait(20) == -signal.SIGALRM

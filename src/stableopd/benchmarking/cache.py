@@ -35,10 +35,14 @@ class AnswerStore:
         folder.mkdir(parents=True, exist_ok=True)
         self.answers = self._read()
 
-    def missing(self, num_prompts: int, num_samples: int) -> list[int]:
-        """Numbers of the prompts that lack answers."""
-        wanted = range(num_samples)
-        return [n for n in range(num_prompts) if any((n, sample) not in self.answers for sample in wanted)]
+    def missing(self, num_prompts: int, num_samples: int) -> dict[int, list[int]]:
+        """Numbers of the prompts that lack answers, by the number of the first answer that they lack."""
+        found: dict[int, list[int]] = {}
+        for prompt in range(num_prompts):
+            lacking = (sample for sample in range(num_samples) if (prompt, sample) not in self.answers)
+            if (first := next(lacking, None)) is not None:
+                found.setdefault(first, []).append(prompt)
+        return found
 
     def add(self, answer: Answer) -> None:
         key = (answer.prompt, answer.sample)

@@ -1,9 +1,10 @@
 """The process that a `TimedJudge` asks: `python -m stableopd.benchmarking.judge_worker NAME SETTING`.
 
-Reads lines of {"completion", "answer", "last_resort_s"}; writes for each a line {"error"}, or {"right"} and then
-{"vote"}. JSON, so that nothing that a model wrote is ever executed. The judge, and whatever it starts, have no part in
-it: they read nothing from standard input, and what they print goes to standard error. The one who asks kills a judge
-that hangs; should that one be dead itself, the kernel ends this process after `last_resort_s`.
+Reads lines of {"completion", "answer", "token", "last_resort_s"}; writes for each a line {"token", "error"}, or
+{"token", "right"} and then {"token", "vote"}. JSON, so that nothing that a model wrote is ever executed. The judge, and
+whatever it starts, have no part in it: they read nothing from standard input, what they print goes to standard error,
+and what they write elsewhere lacks the token. The one who asks kills a judge that hangs; should that one be dead itself,
+the kernel ends this process after `last_resort_s`.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ def main() -> None:
         asked = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, asked["last_resort_s"])
         verdict = _judged(judge, asked)
-        print(json.dumps(verdict), file=replies)
+        print(json.dumps({"token": asked["token"], **verdict}), file=replies)
         if "right" in verdict:
-            print(json.dumps({"vote": _vote(vote, asked["completion"])}), file=replies)
+            print(json.dumps({"token": asked["token"], "vote": _vote(vote, asked["completion"])}), file=replies)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 

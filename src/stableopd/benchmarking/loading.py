@@ -29,6 +29,8 @@ class Problem:
     id: str
     prompt: Prompt
     answer: str
+    place: Place
+    """Where it was read, for errors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +44,7 @@ class Benchmark:
     is_registered: bool = False
     """Of the registry: its questions are asked with an instruction (`with_instruction`)."""
 
-    def rows(self, *, chat: bool) -> list[dict[str, Any]]:
+    def rows(self, *, chat: bool) -> Rows:
         """Rows of data: the prompt as text or, with `chat`, as a conversation of one turn; and the answer."""
         rows = []
         for problem in self.problems:
@@ -50,8 +52,8 @@ class Benchmark:
             if isinstance(prompt, str):
                 text = with_instruction(prompt) if self.is_registered else prompt
                 prompt = [{"role": "user", "content": text}] if chat else text
-            rows.append({"prompt": prompt, "answer": problem.answer})
-        return rows
+            rows.append((problem.place, {"prompt": prompt, "answer": problem.answer}))
+        return Rows(rows)
 
     def digest(self) -> str:
         """A short digest of questions and answers, in their order."""
@@ -149,10 +151,14 @@ def _registered(
 ) -> list[Problem]:
     problems = []
     for number, (place, row) in enumerate(zip(rows.places, rows, strict=True)):
-        question = _value(row, question_column or spec.question_column, place, "question")
+        column = question_column or spec.question_column
+        question = _value(row, column, place, "question")
+        if not isinstance(question, str):
+            raise DataError(f"{place}: {column!r} is {question!r:.80}; a question is a text. Correct or remove the row")
         answer = _answer(row, answer_column or spec.answer_column, place, spec.answer_of)
         identity = row.get(spec.id_column) if spec.id_column else None
-        problems.append(Problem(id=str(number if identity is None else identity), prompt=str(question), answer=answer))
+        name = str(number if identity is None else identity)
+        problems.append(Problem(id=name, prompt=question, answer=answer, place=place))
     return problems
 
 
@@ -166,7 +172,12 @@ def _own(rows: Rows, question_column: str | None, answer_column: str | None) -> 
         if not isinstance(prompt, str | list):
             raise DataError(f"{place}: {question!r} is {prompt!r:.80}; a question is a text or a list of chat messages")
         problems.append(
-            Problem(id=str(row.get("id", number)), prompt=prompt, answer=_answer(row, answer, place, plain_answer))
+            Problem(
+                id=str(row.get("id", number)),
+                prompt=prompt,
+                answer=_answer(row, answer, place, plain_answer),
+                place=place,
+            )
         )
     return problems
 
@@ -177,18 +188,18 @@ def _answer(row: Mapping[str, Any], column: str, place: Place, answer_of: Callab
         return answer_of(raw)
     except DataError as error:
         raise DataError(
-            f"{place}: {error}. Correct or remove the row, or name another column with --answer-column"
+            f"{place}: {error}. Correct or remove the row, or name another column (stableopd eval: --answer-column)"
         ) from None
 
 
 def _value(row: Mapping[str, Any], column: str, place: Place, what: str) -> Any:
     value = row.get(column)
-    if value is None or value in ("", []):
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         known = ", ".join(map(repr, row))
         flag = "--prompt-column" if what == "question" else "--answer-column"
         raise DataError(
-            f"{place}: no {what} in the column {column!r}; the row has {known}. Name the column with {flag}, or "
-            "remove the row"
+            f"{place}: no {what} in the column {column!r}; the row has {known}. Name the column (stableopd eval: "
+            f"{flag}), or remove the row"
         )
     return value
 

@@ -38,11 +38,11 @@ def plain_answer(value: Any) -> str:
 def answer_behind_hashes(value: Any) -> str:
     """GSM8K's answer: what follows `####`, without commas between thousands.
 
-    Raises: DataError when there is no `####`.
+    Raises: DataError when there is no `####`, or nothing behind it.
     """
     _, hashes, answer = plain_answer(value).rpartition("####")
-    if not hashes:
-        raise DataError(f"{str(value)[-80:]!r} has no '####' before its answer, as GSM8K's solutions have")
+    if not (hashes and answer.strip()):
+        raise DataError(f"{str(value)[-80:]!r} has no '####' with an answer behind it, as GSM8K's solutions have")
     return re.sub(r"(?<=\d),(?=\d)", "", answer.strip())
 
 

@@ -177,30 +177,32 @@ def _generate(
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=settings.top_k,
-        num_generations=settings.num_samples,
         seed=settings.seed,
         stop_strings=settings.stop_strings,
     )
-    # A few slots' worth at a time: the engine refills slots as answers end, and little is lost to a kill.
-    at_once = max(1, 4 * settings.batch_size // settings.num_samples)
-    done = len(examples) - len(missing)
+    done = len(examples) - sum(map(len, missing.values()))
     progress("answering", done, len(examples))
-    for start in range(0, len(missing), at_once):
-        numbers = missing[start : start + at_once]
-        asked = [examples[number] for number in numbers]
-        completions = decode(engine.generate(asked, sampling, step=0), asked, subject.tokenizer, subject.ends)
-        for place, completion in enumerate(completions):
-            store.add(
-                Answer(
-                    prompt=numbers[place // settings.num_samples],
-                    sample=place % settings.num_samples,
-                    text=completion.text,
-                    num_tokens=completion.num_tokens,
-                    finish_reason=completion.finish_reason,
+    for first, numbers in missing.items():
+        lacking = settings.num_samples - first
+        rest = replace(sampling, first_generation=first, num_generations=lacking)
+        # A few slots' worth at a time: the engine refills slots as answers end, and little is lost to a kill.
+        at_once = max(1, 4 * settings.batch_size // lacking)
+        for start in range(0, len(numbers), at_once):
+            some = numbers[start : start + at_once]
+            asked = [examples[number] for number in some]
+            completions = decode(engine.generate(asked, rest, step=0), asked, subject.tokenizer, subject.ends)
+            for place, completion in enumerate(completions):
+                store.add(
+                    Answer(
+                        prompt=some[place // lacking],
+                        sample=first + place % lacking,
+                        text=completion.text,
+                        num_tokens=completion.num_tokens,
+                        finish_reason=completion.finish_reason,
+                    )
                 )
-            )
-        done += len(numbers)
-        progress("answering", done, len(examples))
+            done += len(some)
+            progress("answering", done, len(examples))
     return bool(missing)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -132,26 +134,44 @@ class _Worker:
     def ask(self, completion: str, answer: str, timeout_s: float) -> Judged:
         process = self.start()
         assert process.stdin is not None
-        asked = {"completion": completion, "answer": answer, "last_resort_s": 2 * timeout_s + 10}
+        token = secrets.token_hex(8)
+        asked = {"completion": completion, "answer": answer, "token": token, "last_resort_s": 2 * timeout_s + 10}
         line = json.dumps(asked) + "\n"
         try:
             process.stdin.write(line.encode())
             process.stdin.flush()
         except (BrokenPipeError, OSError):
             return self._lost(process)
-        reply = self._read(process, timeout_s)
-        if reply is None:
+        verdict = self._reply(process, token, timeout_s)
+        if verdict is None:
             self.kill()
             return Judged(right=False, failure="timeout", message=f"no verdict within {timeout_s:g} s")
-        if reply == b"":
+        if not verdict:
             return self._lost(process)
-        found: dict[str, Any] = json.loads(reply)
-        if "error" in found:
-            return Judged(right=False, failure="error", message=found["error"])
-        vote = self._read(process, timeout_s)
+        if "error" in verdict:
+            return Judged(right=False, failure="error", message=verdict["error"])
+        vote = self._reply(process, token, timeout_s)
         if not vote:  # it hangs or has died, and the verdict is there
             self.kill()
-        return Judged(right=found["right"], vote=json.loads(vote)["vote"] if vote else None)
+        return Judged(right=verdict["right"], vote=vote["vote"] if vote else None)
+
+    def _reply(self, process: subprocess.Popen[bytes], token: str, timeout_s: float) -> dict[str, Any] | None:
+        """The next line that answers this question; None when there is none in time, empty when the process has died.
+
+        Others are passed over: a judge may write wherever it likes.
+        """
+        deadline = time.monotonic() + timeout_s
+        while (left := deadline - time.monotonic()) > 0:
+            line = self._read(process, left)
+            if not line:
+                return None if line is None else {}
+            try:
+                found = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(found, dict) and found.get("token") == token:
+                return found
+        return None
 
     def start(self) -> subprocess.Popen[bytes]:
         """The process, begun where there is none. Raises: ConfigError when the judge cannot be had."""

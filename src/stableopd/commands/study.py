@@ -33,6 +33,10 @@ def study(
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Run nothing: table and report of what there is.")
     ] = False,
+    ask_again: Annotated[
+        bool,
+        typer.Option("--ask-again", help="Ask finished runs anew of which only `final` has changed; train none again."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The table as one JSON document on standard output.")] = False,
 ) -> None:
     """Run methods x seeds (x a grid of settings) and compare them: means, confidence intervals, paired differences.
@@ -57,7 +61,7 @@ def study(
     else:
         try:
             with _Progress(console, settings) as progress:
-                found = run_study(settings, progress.ended, progress.active, progress.total)
+                found = run_study(settings, progress.ended, progress.active, progress.total, ask_again=ask_again)
         except KeyboardInterrupt:
             raise InterruptedWorkError(
                 f"stopped; finished runs are in {settings.folder}, and the same command goes on from there"
@@ -114,7 +118,7 @@ class _Progress:
             self._bar.update(self._task, description=escape(", ".join(job.name for job in jobs)) or "study")
 
     def ended(self, ended: Ended) -> None:
-        if self._bar:
+        if self._bar and ended.fresh:
             self._bar.advance(self._task)
         if ended.status != "done":
             self.console.print(

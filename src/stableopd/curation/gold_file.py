@@ -99,7 +99,9 @@ class GoldFile:
         choose, seed = self.settings["choose"], self.settings["seed"]
         gold = golden(samples_of(journal), self.prompts.examples, choose, seed)
         if not gold:
-            raise DataError(_no_gold(journal))
+            told = _no_gold(journal)
+            journal.remove()  # it is done, and other settings could not go on with it
+            raise DataError(told)
         with written(self.path) as (file,):
             for position, row in enumerate(self.prompts.rows):
                 if position in gold:

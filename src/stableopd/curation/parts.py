@@ -116,6 +116,7 @@ def make_parts(
     try:
         tally = select(source, tokenizer, recipe, journal, judge=judge, on_rows=on_rows)
         if not tally.rows["kept"]:
+            journal.remove()  # it is done, and other settings could not go on with it
             raise DataError(_nothing_kept(tally))
         outputs, lengths = _split(journal, recipe, out)
         made = card_of(tally, recipe, {**names, **identity}, outputs, lengths)

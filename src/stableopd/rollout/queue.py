@@ -17,7 +17,7 @@ def request_rows(examples: Sequence[Example], sampling: Sampling, step: int) -> 
             number=prompt * sampling.num_generations + generation,
             prompt=prompt,
             prompt_ids=example.prompt_ids,
-            key=(sampling.seed, step, example.index, generation),
+            key=(sampling.seed, step, example.index, sampling.first_generation + generation),
         )
         for prompt, example in enumerate(examples)
         for generation in range(sampling.num_generations)

@@ -70,7 +70,7 @@ def requests_for(examples: Sequence[Example], sampling: Sampling, step: int) -> 
             row=prompt * sampling.num_generations + generation,
             prompt=prompt,
             prompt_ids=example.prompt_ids,
-            seed=_seed(sampling.seed, step, example.index, generation),
+            seed=_seed(sampling.seed, step, example.index, sampling.first_generation + generation),
             sampling=sampling,
         )
         for prompt, example in enumerate(examples)

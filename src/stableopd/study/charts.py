@@ -18,8 +18,10 @@ from stableopd.study.table import Row, score
 
 BAND = 0.8
 """Share of the runs that lie within the band around a mean curve."""
-_ROW_HEIGHT, _CHROME = 26, 70
-"""Pixels of a row of a forest plot, and of all around the rows."""
+_ROW_HEIGHT, _LINE_HEIGHT, _CHROME = 26, 15, 70
+"""Pixels of a row of a forest plot, of each further line of its label, and of all around the rows."""
+_LABEL_WIDTH = 36
+"""Characters in a line of a label."""
 
 PANELS: Sequence[tuple[str, str, str, str]] = (
     ("accuracy", "Held-out accuracy, sampled", "share", "Healthy: rises and stays up."),
@@ -97,18 +99,37 @@ def _forest(
                         "arrayminus": [estimate.mean - low], "thickness": 3, "width": 0},
             "hovertemplate": "%{x:.3f}<extra>mean</extra>",
         })  # fmt: skip
+    shown = [_label(row.arm) for row in rows]
+    num_lines = max((len(lines) for lines in shown), default=1)
+    widest = max((len(line) for lines in shown for line in lines), default=0)
     margin = 0.03 * (max(extent) - min(extent) or 1.0)
     layout = {
         "xaxis": {"title": {"text": ""}, "range": [min(extent) - margin, max(extent) + margin]},
-        "yaxis": {"title": {"text": ""}, "type": "category", "categoryarray": labels[::-1]},
-        "margin": {"l": min(260, 20 + 7 * max(map(len, labels), default=0))},
+        "yaxis": {
+            "title": {"text": ""}, "type": "category", "categoryarray": labels[::-1], "tickmode": "array",
+            "tickvals": labels, "ticktext": ["<br>".join(map(escape, lines)) for lines in shown],
+        },
+        "margin": {"l": 20 + 7 * widest},
         "hovermode": "closest",
-    }
+    }  # fmt: skip
     figure = {"data": traces, "layout": layout, "marks": []}
     return Chart(
         id=f"forest-{name}", title=title, caption=caption, curves=(), figure=figure,
-        height=_CHROME + _ROW_HEIGHT * len(rows),
+        height=_CHROME + (_ROW_HEIGHT + _LINE_HEIGHT * (num_lines - 1)) * len(rows),
     )  # fmt: skip
+
+
+def _label(arm: str) -> list[str]:
+    """The name of an arm in lines that fit, the method first; of what is too long for a line, its two ends."""
+    lines: list[str] = []
+    for part in arm.split(" "):
+        half = _LABEL_WIDTH // 2 - 1
+        text = part if len(part) <= _LABEL_WIDTH else f"{part[:half]}…{part[-half:]}"
+        if lines and len(lines[-1]) + 1 + len(text) <= _LABEL_WIDTH:
+            lines[-1] += f" {text}"
+        else:
+            lines.append(text)
+    return lines
 
 
 def curves(run: StudyRun) -> list[Chart]:
@@ -159,7 +180,8 @@ def _mean_curve(
     means = [round(statistics.fmean(column), 5) for column in zip(*table, strict=True)]
     value = "%{y:.1%}" if unit == "share" else "%{y:.4~g}"
     return {
-        "type": "scatter", "mode": "lines", "x": list(steps), "y": means, "meta": number, "name": escape(arm),
+        "type": "scatter", "mode": "lines" if len(means) > 1 else "markers", "x": list(steps), "y": means,
+        "meta": number, "name": escape(arm),
         "line": {"dash": "solid"}, "hovertemplate": value + f"<extra>{escape(arm)}</extra>",
     }  # fmt: skip
 

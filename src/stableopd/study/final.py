@@ -56,14 +56,7 @@ def protocol(final: FinalConfig, config: StableOPDConfig) -> dict[str, Any]:
     return {option: value for option, value in options.items() if value is not None}
 
 
-def final_settings(study: StudyConfig, cell: Cell) -> str:
-    """All that the final answers of a run depend on beside the run; empty where there are none."""
-    if study.final is None:
-        return ""
-    return json.dumps(without_places(protocol(study.final, cell.config), study), sort_keys=True)
-
-
-def final_job(study: StudyConfig, final: FinalConfig, cell: Cell, after: Job) -> Job:
+def final_job(study: StudyConfig, final: FinalConfig, cell: Cell, after: Job, *, again: bool = False) -> Job:
     """The answers of a finished run's last checkpoint to the benchmarks of the study."""
     command = [sys.executable, "-m", "stableopd", "eval", str(cell.folder)]
     for option, value in protocol(final, cell.config).items():
@@ -75,7 +68,8 @@ def final_job(study: StudyConfig, final: FinalConfig, cell: Cell, after: Job) ->
         stem=cell.folder.with_name(f"{cell.folder.name}.final"),
         after=(after.name,),
         makes=answers_of(cell),
-        settings=final_settings(study, cell),
+        settings=json.dumps(without_places(protocol(final, cell.config), study), sort_keys=True),
+        again=again,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,8 @@ def check_inputs(study: StudyConfig, cells: Sequence[Cell]) -> None:
                 judge.start()
         except (ConfigError, MissingDependencyError) as error:
             problems[str(error)] = None
+    if study.launch and shutil.which(study.launch[0]) is None:
+        problems[f"launch: there is no command {study.launch[0]!r} on this machine"] = None
     asked = {("final.benchmarks", study.final.benchmarks if study.final else ())}
     asked |= {("evaluation.benchmarks", cell.config.evaluation.benchmarks) for cell in cells}
     for setting, names in sorted(asked):

@@ -33,10 +33,14 @@ class Job:
     """Names of jobs that must be done before."""
     begun: Path | None = None
     """A file that is there once the job has something to go on from."""
+    reads: tuple[Path, str] | None = None
+    """A file that is written before it is started, and what it holds."""
     makes: Path | None = None
     """A file without which it is not made, whatever its record says."""
     leaves: Path | None = None
     """What is there when it has come to its end; without it, one that ended with status 0 has failed."""
+    again: bool = False
+    """Make it anew where it was made with other settings, instead of refusing."""
     settings: str = ""
     """What it is made with: a finished job is taken as it is only where these are the same."""
 
@@ -111,7 +115,7 @@ def run_jobs(
 
     for job in waiting.copy():
         record = job.made_with()
-        if record is None:
+        if record is None or (job.again and record.get("digest") != job.digest):
             continue
         waiting.remove(job)
         if record.get("digest") == job.digest:
@@ -132,7 +136,9 @@ def run_jobs(
                 try:
                     active.append(_start(job, environment))
                 except OSError as error:
-                    end(job, "failed", why=f"{job.command[0]} cannot be started: {error}")
+                    named = f"{error.filename or ''}" in ("", job.command[0])
+                    what = f"{job.command[0]} cannot be started" if named else f"{error.filename} cannot be made"
+                    end(job, "failed", why=f"{what}: {error.strerror or error}")
                 tell_active([one.job for one in active])
             if active:
                 time.sleep(_POLL_S)
@@ -177,6 +183,8 @@ def _start(job: Job, environment: Mapping[str, str] | None) -> _Active:
     """
     job.stem.parent.mkdir(parents=True, exist_ok=True)
     resumed = job.begun is not None and job.begun.exists()
+    if job.reads is not None:
+        write_atomically(*job.reads)
     write_atomically(job.record, json.dumps({"digest": job.digest}) + "\n")
     parts = [part for part in job.command if part != "{resume}" or resumed]
     if not resumed:

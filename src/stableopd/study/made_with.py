@@ -4,36 +4,51 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stableopd.config import StableOPDConfig
-from stableopd.config_files import flatten, load_config
+from stableopd.config_files import flatten
 from stableopd.errors import ConfigError
 from stableopd.study.cells import Cell, without_places
 from stableopd.study.config import StudyConfig
-from stableopd.study.final import final_settings
+from stableopd.study.final import protocol
 from stableopd.study.outcome import Outcome
 
 _MOST_NAMED = 6
 
 
-def settings_digest(study: StudyConfig, cell: Cell) -> str:
-    """Of the settings of a run, its cold start, its world and its final answers.
+def made_with(study: StudyConfig, cell: Cell) -> dict[str, Any]:
+    """All that a result depends on: the settings of its run and its cold start, its world, and what it is asked at its
+    end (`final`).
 
     Defaults and places are left out: a study may be moved, and a default written out.
     """
-    configs = [cell.config, *([cell.cold_start] if cell.cold_start else [])]
-    given = [training_settings(study, config) for config in configs]
-    world = study.world.made_with(cell.pair, cell.seed) if study.world else ""
-    return hashlib.blake2b("\n".join([*given, world, final_settings(study, cell)]).encode(), digest_size=8).hexdigest()
+    found: dict[str, Any] = {"run": _given(study, cell.config)}
+    if cell.cold_start:
+        found["cold_start"] = _given(study, cell.cold_start)
+    if study.world:
+        found["world"] = study.world.made_with(cell.pair, cell.seed)
+    if study.final:
+        found["final"] = without_places(protocol(study.final, cell.config), study)
+    return found
+
+
+def settings_digest(study: StudyConfig, cell: Cell) -> str:
+    """A short digest of all that a result depends on."""
+    return hashlib.blake2b(json.dumps(made_with(study, cell), sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def training_settings(study: StudyConfig, config: StableOPDConfig) -> str:
     """Settings of a run that change what comes out, without defaults and places."""
+    return json.dumps(_given(study, config), sort_keys=True)
+
+
+def _given(study: StudyConfig, config: StableOPDConfig) -> dict[str, Any]:
     given = config.model_dump(mode="json", exclude_defaults=True, exclude=_no_result(config))
-    return json.dumps(without_places(given, study), sort_keys=True)
+    found: dict[str, Any] = without_places(given, study)
+    return found
 
 
 def _no_result(config: StableOPDConfig) -> dict[str, Any]:
@@ -62,37 +77,66 @@ def settings_file(config: StableOPDConfig) -> Path:
     return folder.with_name(f"{folder.name}.yaml")
 
 
-def check_unchanged(study: StudyConfig, cells: Sequence[Cell], known: Sequence[Outcome]) -> None:
-    """Raises: ConfigError for finished runs of other settings, naming what differs in the first as far as is known."""
-    made = {outcome.key: outcome.digest for outcome in known}
-    changed = [cell for cell in cells if made.get(cell.key) not in (None, settings_digest(study, cell))]
-    if changed:
-        first = changed[0]
-        named = _differences(first)
-        what = f" ({'; '.join(named)})" if named else ""
-        raise ConfigError(
-            f"{len(changed)} of the runs whose results are in {study.folder} were made with other settings, "
-            f"{first.arm} of {first.pair}, seed {first.seed} among them{what}. Put the old settings back, give the "
-            "method another name, or choose another output_dir"
+def standing(
+    study: StudyConfig, cells: Sequence[Cell], known: Sequence[Outcome], *, ask_again: bool = False
+) -> list[Outcome]:
+    """The results that still hold.
+
+    Args: `ask_again` leaves out those of which only `final` has changed since, which are then made anew.
+
+    Raises: ConfigError for finished runs of other settings, naming what differs in the first, where it is known.
+    """
+    results = {outcome.key: outcome for outcome in known}
+    changed = {
+        cell.key: cell
+        for cell in cells
+        if cell.key in results and results[cell.key].digest != settings_digest(study, cell)
+    }
+    asked_otherwise = {key for key, cell in changed.items() if _only_asked_otherwise(study, cell, results[key])}
+    refused = [cell for key, cell in changed.items() if not (ask_again and key in asked_otherwise)]
+    if refused:
+        first = refused[0]
+        named = _differences(results[first.key].made_with, made_with(study, first))
+        what = f" ({named})" if named else ""
+        again = (
+            "Only what they are asked at the end differs: --ask-again asks them anew without training them again. "
+            if asked_otherwise.issuperset(cell.key for cell in refused)
+            else ""
         )
+        raise ConfigError(
+            f"{len(refused)} of the runs whose results are in {study.folder} were made with other settings, "
+            f"{first.arm} of {first.pair}, seed {first.seed} among them{what}. {again}Put the old settings back, give "
+            "the method another name, or choose another output_dir"
+        )
+    return [outcome for outcome in known if outcome.key not in changed]
 
 
-def _differences(cell: Cell) -> list[str]:
-    """`key: old -> new` of a run and its cold start. None where their files are gone, or of the world or `final`."""
-    found = []
-    for prefix, config in (("", cell.config), ("cold_start.", cell.cold_start)):
-        if config is None or not settings_file(config).exists():
-            continue
-        try:
-            stored = flatten(load_config(settings_file(config)).model_dump(mode="json"))
-        except ConfigError:  # of another version
-            continue
-        now = flatten(config.model_dump(mode="json"))
-        if stored["output_dir"] != now["output_dir"]:  # moved since, and so are all its paths
-            continue
-        found += [
-            f"{prefix}{key}: {stored.get(key)!r} -> {now.get(key)!r}"
-            for key in sorted(stored.keys() | now.keys())
-            if stored.get(key) != now.get(key) and key.partition(".")[0] not in _no_result(config)
-        ]
-    return [*found[:_MOST_NAMED], *([f"and {len(found) - _MOST_NAMED} more"] if len(found) > _MOST_NAMED else [])]
+def _only_asked_otherwise(study: StudyConfig, cell: Cell, outcome: Outcome) -> bool:
+    then, now = dict(outcome.made_with), made_with(study, cell)
+    return bool(then) and {**then, "final": None} == {**now, "final": None}
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """`key: old -> new` of all that differs, as a study's file has the keys; empty where what was is not known."""
+    old, new = _by_key(then), _by_key(now)
+    found = [
+        f"{key}: {_told(old, key)} -> {_told(new, key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _is_cold_start(old.get(key), new.get(key))
+    ]
+    more = [f"and {len(found) - _MOST_NAMED} more"] if len(found) > _MOST_NAMED else []
+    return "; ".join([*found[:_MOST_NAMED], *more]) if then else ""
+
+
+def _by_key(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted key; those of the run without a prefix."""
+    return flatten({**made.get("run", {}), **{part: given for part, given in made.items() if part != "run"}})
+
+
+def _told(flat: Mapping[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "not set"
+
+
+def _is_cold_start(*values: Any) -> bool:
+    """The folder of another cold start, which differs because its settings do."""
+    return all(isinstance(value, str) and value.startswith("{study}/cold_start/") for value in values)

@@ -45,12 +45,14 @@ class Outcome:
     verdict: str
     headline: str
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
-    answers: Mapping[str, Sequence[Share]] = field(default_factory=dict)
+    answers: Mapping[str, Annotated[Sequence[Share], Field(min_length=1)]] = field(default_factory=dict)
     """By benchmark the share of right answers to each of its prompts, in its order."""
     benchmarks: Mapping[str, str] = field(default_factory=dict)
     """Digest of each benchmark's prompts: answers are paired only where it is the same."""
     inputs: Mapping[str, str] = field(default_factory=dict)
     """Digest of each file of prompts that the run read, by its setting."""
+    made_with: Mapping[str, Any] = field(default_factory=dict)
+    """What `digest` is of, so that a change can be named; where it is left out, only that there is one."""
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @property
@@ -144,7 +146,7 @@ def with_answers(outcome: Outcome, path: Path) -> Outcome:
     return replace(
         outcome,
         figures=figures,
-        answers={result.benchmark: [round(prompt.accuracy, 4) for prompt in result.prompts] for result in chosen},
+        answers={result.benchmark: [prompt.accuracy for prompt in result.prompts] for result in chosen},
         benchmarks={result.benchmark: result.benchmark_digest for result in chosen},
     )
 

@@ -11,14 +11,13 @@ from pathlib import Path
 from stableopd.config import StableOPDConfig
 from stableopd.config_files import dump_config
 from stableopd.errors import ConfigError, StableOPDError
-from stableopd.lines import write_atomically
 from stableopd.recorder import lock_folder
 from stableopd.study.cells import Cell, cells_of, last_checkpoint
 from stableopd.study.config import StudyConfig
 from stableopd.study.final import answers_of, final_job
 from stableopd.study.inputs import check_contents, check_inputs, contents_of
 from stableopd.study.jobs import Ended, Job, run_jobs
-from stableopd.study.made_with import check_unchanged, run_key, settings_digest, settings_file, training_settings
+from stableopd.study.made_with import made_with, run_key, settings_digest, settings_file, standing, training_settings
 from stableopd.study.outcome import Outcome, append_outcome, by_arm, read_folder, read_outcomes, with_answers
 
 RESULTS = "results.jsonl"
@@ -57,24 +56,27 @@ def run_study(
     tell: Tell = lambda ended: None,
     tell_active: TellActive = lambda active: None,
     tell_total: Callable[[int], None] = lambda total: None,
+    *,
+    ask_again: bool = False,
 ) -> StudyRun:
     """Make every run that is not in results.jsonl yet. A failure ends nothing but what needs it.
+
+    Args: `ask_again` asks finished runs anew of which only `final` has changed since; else they are refused.
 
     Raises: ConfigError or DataError before anything is started when a run's settings are impossible, something that it
     reads is not there, or a finished one was made with others; RunFolderError when another process runs this study.
     """
     cells = cells_of(study)
-    known = read_outcomes(study.folder / RESULTS)
+    known = standing(study, cells, read_outcomes(study.folder / RESULTS), ask_again=ask_again)
     check_contents(study, cells, known)
-    check_unchanged(study, cells, known)
     check_inputs(study, cells)
     study.folder.mkdir(parents=True, exist_ok=True)
     with _locked(study.folder):
         results = study.folder / RESULTS
         missing = _without_twins(study, cells, known)
-        last_jobs = {_jobs(study, twins[0])[-1].name: twins for twins in missing}
-        jobs = list({job.name: job for twins in missing for job in _jobs(study, twins[0])}.values())
-        tell_total(len(jobs))
+        last_jobs = {_jobs(study, twins[0], ask_again)[-1].name: twins for twins in missing}
+        jobs = list({job.name: job for twins in missing for job in _jobs(study, twins[0], ask_again)}.values())
+        tell_total(sum(job.made_with() is None for job in jobs))
 
         unread: list[Ended] = []
 
@@ -141,7 +143,14 @@ def _cells_of_the_whole(study: StudyConfig, cells: Sequence[Cell]) -> Sequence[C
 
 
 def _for_cell(study: StudyConfig, cell: Cell, outcome: Outcome) -> Outcome:
-    return replace(outcome, arm=cell.arm, pair=cell.pair, seed=cell.seed, digest=settings_digest(study, cell))
+    return replace(
+        outcome,
+        arm=cell.arm,
+        pair=cell.pair,
+        seed=cell.seed,
+        digest=settings_digest(study, cell),
+        made_with=made_with(study, cell),
+    )
 
 
 def existing(study: StudyConfig) -> StudyRun:
@@ -150,9 +159,7 @@ def existing(study: StudyConfig) -> StudyRun:
     Raises: ConfigError as `run_study`.
     """
     cells = cells_of(study)
-    known = read_outcomes(study.folder / RESULTS)
-    check_contents(study, cells, known)
-    check_unchanged(study, cells, known)
+    check_contents(study, cells, standing(study, cells, read_outcomes(study.folder / RESULTS)))
     return StudyRun(study=study, cells=cells, outcomes=_finished(study, cells))
 
 
@@ -162,26 +169,25 @@ def _finished(study: StudyConfig, cells: Sequence[Cell]) -> list[Outcome]:
     return [known[cell.key].with_late(study.late_fraction) for cell in cells if cell.key in known]
 
 
-def _jobs(study: StudyConfig, cell: Cell) -> list[Job]:
+def _jobs(study: StudyConfig, cell: Cell, ask_again: bool) -> list[Job]:
     """All that a cell needs, its own run last."""
     jobs = study.world.jobs(study.folder, cell.pair, cell.seed) if study.world else []
     if cell.cold_start is not None:
         jobs.append(_training(study, "cold start", cell.cold_start, after=jobs))
     jobs.append(_training(study, "run", cell.config, after=jobs))
     if study.final is not None:
-        jobs.append(final_job(study, study.final, cell, after=jobs[-1]))
+        jobs.append(final_job(study, study.final, cell, after=jobs[-1], again=ask_again))
     return jobs
 
 
 def _training(study: StudyConfig, what: str, config: StableOPDConfig, after: Sequence[Job]) -> Job:
     folder, path = config.run_dir, settings_file(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, dump_config(config))
     launch = study.launch or (sys.executable, "-m", "stableopd")
     return Job(
         name=f"{what} {folder.relative_to(study.folder)}",
         command=(*launch, "train", str(path), "{resume}"),
         stem=folder,
+        reads=(path, dump_config(config)),
         after=tuple(job.name for job in after),
         begun=folder,
         leaves=last_checkpoint(config),
@@ -198,7 +204,7 @@ def _outcome(study: StudyConfig, cell: Cell) -> Outcome:
         digest=settings_digest(study, cell),
         name=cell.config.evaluation.name,
     )
-    outcome = replace(outcome, inputs=contents_of(study, cell))
+    outcome = replace(outcome, inputs=contents_of(study, cell), made_with=made_with(study, cell))
     return with_answers(outcome, answers_of(cell)) if study.final is not None else outcome
 
 

@@ -25,6 +25,10 @@ MEANS = (
 """Figures whose plain mean over runs is shown beside the first column."""
 
 
+_ROUNDING = 1e-9
+"""Runs that differ by less are equally good."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One method, over all of its runs."""
@@ -75,7 +79,7 @@ def _row(arm: str, outcomes: Sequence[Outcome], base: Sequence[Outcome], confide
         num_runs=len(outcomes),
         accuracy=_accuracy(outcomes, confidence),
         difference=_difference(twins, confidence) if base and base[0].arm != arm else None,
-        better=sum(twin.gain > 0 for twin in twins),
+        better=sum(twin.gain > _ROUNDING for twin in twins),
         paired=len(twins),
         collapsed=len(collapsed),
         collapsed_at_end=sum(map(_is_collapsed_at_end, collapsed)),

@@ -51,11 +51,13 @@ def print_study(console: Console, run: StudyRun) -> None:
 def note(run: StudyRun) -> str:
     """What the columns of the table mean."""
     share = f"{run.study.confidence:.0%}"
-    what = "answers to the final benchmark" if any(o.answers for o in run.outcomes) else "late accuracy of the runs"
+    asked = any(outcome.answers for outcome in run.outcomes)
+    what = "answers to the final benchmark" if asked else "late accuracy of the runs"
+    over = "pairs, seeds and prompts" if asked else "pairs and seeds"
     base, late = reference_arm(run.study), f"{run.study.late_fraction:.0%}"
     return (
-        f"accuracy: {what}, with {share} bootstrap intervals over pairs, seeds and prompts; difference from {base} on "
-        "the same pairs, seeds and prompts; better: runs that beat their twin there; best, late: highest evaluation of "
+        f"accuracy: {what}, with {share} bootstrap intervals over {over}; difference from {base} on the "
+        f"same {over}; better: runs that beat their twin there; best, late: highest evaluation of "
         f"the run, mean of those in its last {late}; greedy, cut off: accuracy of greedy answers at the end (to the "
         "final benchmark, where it was answered greedily) and the share that ran into the limit; collapsed: held-out "
         "accuracy fell by more than 0.15 while more than half of the greedy answers were cut off (in brackets: it had "
@@ -143,8 +145,8 @@ def shown(estimate: Estimate | None, *, signed: bool = False) -> str:
     """`0.712 [0.690, 0.731]`."""
     if estimate is None:
         return ""
-    form = "+.3f" if signed else ".3f"
-    mean = format(estimate.mean, form)
-    if estimate.low is None or estimate.high is None:
-        return mean
-    return f"{mean} [{format(estimate.low, form)}, {format(estimate.high, form)}]"
+    mean, low, high = (
+        None if value is None else format(round(value, 3) + 0.0, "+.3f" if signed else ".3f")  # + 0.0: no minus zero
+        for value in (estimate.mean, estimate.low, estimate.high)
+    )
+    return f"{mean}" if low is None or high is None else f"{mean} [{low}, {high}]"

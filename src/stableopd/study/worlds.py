@@ -64,9 +64,9 @@ class _World(Section):
         """What `{world}` in a setting stands for."""
         return {"world": str(self.folder(study))}
 
-    def made_with(self, pair: str, seed: int) -> str:
-        """What models and data of a pair are made with."""
-        return "\n".join(job.settings for job in self.jobs(Path(), pair, seed))
+    def made_with(self, pair: str, seed: int) -> dict[str, str]:
+        """What models and data of a pair are made with, by the piece."""
+        return {job.settings.partition(" ")[0]: job.settings for job in self.jobs(Path(), pair, seed)}
 
     def jobs(self, study: Path, pair: str, seed: int) -> list[Job]:
         """What makes the models and data of a pair; jobs of several pairs that are the same have the same name."""
