@@ -12,13 +12,14 @@ from stableopd.bootstrap import Estimate
 from stableopd.errors import RunFolderError
 from stableopd.runfolder import read_run
 from stableopd.study.cells import Cell, cells_of
+from stableopd.study.charts import _label
 from stableopd.study.config import StudyConfig
 from stableopd.study.jobs import Ended, Job
 from stableopd.study.outcome import Outcome, append_outcome, outcome_of_run, read_folder, read_outcomes
 from stableopd.study.report import headline, markdown, render_study, write_study
 from stableopd.study.running import StudyRun
 from stableopd.study.table import rows_by_pair, rows_of, score
-from stableopd.study.view import cells_of_row, columns, note, print_study, shown, to_json, warnings
+from stableopd.study.view import by_benchmark, cells_of_row, columns, note, print_study, shown, to_json, warnings
 
 NASTY = "</script><script>alert(1)</script>[bold]"
 
@@ -184,6 +185,35 @@ def test_a_tie_is_not_better():
     spread = [replace(runs[0], answers={"b": [1 / 3, 1 / 3, 1 / 3]}), replace(runs[1], answers={"b": [1.0, 0.0, 0.0]})]
     assert rows_of(a_run(spread))[1].better == 0
     assert rows_of(a_run(spread[::-1]))[1].better == 0
+
+
+def test_several_benchmarks_are_told_one_by_one_too():
+    answers = {"math": [1.0, 0.0], "aime": [0.5, 0.0, 0.25, 0.25]}
+    runs = [
+        replace(outcome(arm, accuracy=0.5), answers=answers, benchmarks={"math": "1", "aime": "2"})
+        for arm in ("stableopd", "opd")
+    ]
+    run = a_run(runs)
+    names, lines = by_benchmark(rows_of(run))
+    assert names == ["method", "math", "aime"]
+    assert [line[0] for line in lines] == ["stableopd", "opd"]
+    assert [cell.partition(" ")[0] for cell in lines[0][1:]] == ["0.500", "0.250"]
+    assert "| opd | 0.500 [" in markdown(run)
+    assert "Benchmark by benchmark" in render_study(run)
+    console = Console(file=io.StringIO(), width=140)
+    print_study(console, run)
+    assert "benchmark by benchmark" in console.file.getvalue()
+    one = a_run([replace(single, answers={"math": [1.0, 0.0]}) for single in runs])
+    assert by_benchmark(rows_of(one)) is None
+    assert "Benchmark by benchmark" not in render_study(one)
+
+
+def test_the_name_of_a_method_is_never_cut_off_a_label():
+    arm = "stableopd rollout.stop_strings=['END'] objective.distill.tokens.truncated_weight=0.25"
+    lines = _label(arm)
+    assert lines[0].startswith("stableopd")
+    assert max(map(len, lines)) <= 36
+    assert _label("opd") == ["opd"]
 
 
 def test_a_difference_of_nothing_has_no_sign_of_a_loss():

@@ -3,7 +3,7 @@
 Reads lines of {"completion", "answer", "token", "last_resort_s"}; writes for each a line {"token", "error"}, or
 {"token", "right"} and then {"token", "vote"}. JSON, so that nothing that a model wrote is ever executed. The judge, and
 whatever it starts, have no part in it: they read nothing from standard input, what they print goes to standard error,
-and what they write elsewhere lacks the token. The one who asks kills a judge that hangs; should that one be dead itself,
+and what they write elsewhere lacks the token. The one who asks kills a judge that hangs; should it be dead itself,
 the kernel ends this process after `last_resort_s`.
 """
 

@@ -20,7 +20,7 @@ from stableopd.study.charts import arm_colours, curves, forests, heat_maps
 from stableopd.study.outcome import Outcome
 from stableopd.study.running import StudyRun
 from stableopd.study.table import Row, rows_by_pair, rows_of, score
-from stableopd.study.view import cells_of_row, columns, note, shown, warnings
+from stableopd.study.view import BY_BENCHMARK, by_benchmark, cells_of_row, columns, note, shown, warnings
 
 
 def write_study(run: StudyRun) -> list[Path]:
@@ -46,6 +46,7 @@ def render_study(run: StudyRun) -> str:
         columns=columns(run),
         rows=_numbered(rows, arms),
         pairs={pair: _numbered(of_pair, arms) for pair, of_pair in rows_by_pair(run).items()},
+        benchmarks=by_benchmark(rows),
         health=_health(run, arms),
         runs=_runs(run.outcomes, arms),
         failures=run.failures,
@@ -93,6 +94,10 @@ def markdown(run: StudyRun) -> str:
         lines = [" | ".join(names), " | ".join("---" for _ in names)]
         lines += [" | ".join(_in_markdown(cell) for cell in cells_of_row(row)) for row in rows]
         parts.append(f"## {_in_markdown(title)}\n\n" + "".join(f"| {line} |\n" for line in lines))
+    if benchmarks := by_benchmark(rows_of(run)):
+        names, lines = benchmarks[0], [" | ".join(map(_in_markdown, row)) for row in benchmarks[1]]
+        table = [" | ".join(map(_in_markdown, names)), " | ".join("---" for _ in names), *lines]
+        parts.append(f"## {BY_BENCHMARK.capitalize()}\n\n" + "".join(f"| {line} |\n" for line in table))
     told = [f"{_in_markdown(one)}.\n" for one in [note(run), *warnings(run)]]
     return "\n".join([*parts, *told])
 

@@ -46,6 +46,8 @@ class Row:
     """Runs that had collapsed at some evaluation, whether or not they recovered."""
     collapsed_at_end: int
     """Those of them whose accuracy was still more than 0.15 below its best at their end."""
+    by_benchmark: dict[str, Estimate]
+    """The accuracy on each final benchmark by itself, where there are several that all of its runs answered."""
     means: dict[str, float]
     seconds: float
 
@@ -83,6 +85,7 @@ def _row(arm: str, outcomes: Sequence[Outcome], base: Sequence[Outcome], confide
         paired=len(twins),
         collapsed=len(collapsed),
         collapsed_at_end=sum(map(_is_collapsed_at_end, collapsed)),
+        by_benchmark=_by_benchmark(outcomes, confidence),
         means={name: statistics.fmean(values) for name in MEANS if (values := _values(outcomes, name))},
         seconds=statistics.fmean(_values(outcomes, "step_time_s") or [0.0]),
     )
@@ -112,6 +115,16 @@ def _accuracy(outcomes: Sequence[Outcome], confidence: float) -> Estimate | None
         return None
     runs, scores = zip(*judged, strict=True)
     return mean_of_runs(scores, factors=_factors(runs), confidence=confidence)
+
+
+def _by_benchmark(outcomes: Sequence[Outcome], confidence: float) -> dict[str, Estimate]:
+    if not _same_prompts(outcomes) or len(outcomes[0].answers) < 2:
+        return {}
+    factors = _factors(outcomes)
+    return {
+        name: mean_of_answers({name: table}, factors=factors, confidence=confidence)
+        for name, table in _tables(outcomes).items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

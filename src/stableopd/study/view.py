@@ -36,6 +36,14 @@ def print_study(console: Console, run: StudyRun) -> None:
         console.print("no run of this study has finished yet")
     for title, rows in _tables(run):
         console.print(_table(title, columns(run), rows, narrow=console.width < _WIDE))
+    if benchmarks := by_benchmark(rows_of(run)):
+        names, lines = benchmarks
+        table = Table(title=BY_BENCHMARK, title_justify="left", box=SIMPLE_HEAD)
+        for name in names:
+            table.add_column(escape(name), overflow="fold")
+        for line in lines:
+            table.add_row(*map(escape, line))
+        console.print(table)
     if run.outcomes:
         console.print(f"[dim]{escape(note(run))}[/]", highlight=False)
         for told in warnings(run):
@@ -98,6 +106,17 @@ def to_json(run: StudyRun) -> str:
 def _tables(run: StudyRun) -> list[tuple[str, list[Row]]]:
     whole = f"{len(run.outcomes)} of {len(run.cells)} runs"
     return [(whole, rows_of(run)), *rows_by_pair(run).items()] if run.outcomes else []
+
+
+BY_BENCHMARK = "accuracy, benchmark by benchmark"
+
+
+def by_benchmark(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]] | None:
+    """Names of the columns and rows of a table of each benchmark by itself; None where there are not several."""
+    names = list(dict.fromkeys(name for row in rows for name in row.by_benchmark))
+    if not names:
+        return None
+    return ["method", *names], [[row.arm, *(shown(row.by_benchmark.get(name)) for name in names)] for row in rows]
 
 
 def columns(run: StudyRun) -> list[str]:
