@@ -244,9 +244,7 @@ def decontaminate(
     from stableopd.benchmarking.loading import benchmark_prompts
 
     console = Console(soft_wrap=True)
-    renamed = {"data.path": "--against"}
-    renamed |= {f"Name the column with --{what}-column": "Rename the column" for what in ("prompt", "answer")}
-    with spinner(console, "reading benchmarks"), _options_named(renamed):
+    with spinner(console, "reading benchmarks"), _options_named({"data.path": "--against"}):
         benchmarks = {name: benchmark_prompts(name) for name in dict.fromkeys(against)}
         index = OverlapIndex(
             benchmarks, ngram=ngram, min_ngram=min(MIN_NGRAM, ngram) if min_ngram is None else min_ngram
