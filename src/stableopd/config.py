@@ -55,10 +55,10 @@ TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 PRESETS: Mapping[str, Mapping[str, float]] = {
     "sft": {"distill": 0.0, "gold": 1.0, "reference": 0.0},
     "opd": {"distill": 1.0, "gold": 0.0, "reference": 0.0},
-    "stableopd": {"distill": 1.0, "gold": 1.0, "reference": 0.1},
+    "stableopd": {"distill": 1.0, "gold": 1.0, "reference": 0.3},
     "grpo": {"distill": 0.0, "gold": 0.0, "reference": 0.0, "reward": 1.0},
 }
-"""Coefficients that `method` fills in. The paper gives no values; docs/losses.md says what is known of these."""
+"""Coefficients that `method` fills in. The paper gives no values; those of StableOPD are from docs/study.md."""
 
 FLAT_NAMES: Mapping[str, str] = {
     "lambda_gold": "objective.gold.coef",

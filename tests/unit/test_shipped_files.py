@@ -99,11 +99,11 @@ def test_the_stored_results_of_studies_are_those_of_their_settings():
 
 
 def stored_run(name: str, **only: object) -> StudyRun:
-    """The stored results of a study: those on a sample of the held-out prompts, else those on the first of them."""
-    places = (RESULTS / f"{name}.jsonl", RESULTS / "first-digits" / f"{name}.jsonl")
-    path = next(place for place in places if place.exists())
+    """The stored results of a study, as far as it was run."""
     study = load_study(ROOT / "studies" / f"{name}.yaml")
-    found = {outcome.key: outcome.with_late(study.late_fraction) for outcome in read_outcomes(path)}
+    found = {
+        outcome.key: outcome.with_late(study.late_fraction) for outcome in read_outcomes(RESULTS / f"{name}.jsonl")
+    }
     cells = [cell for cell in cells_of(study) if all(getattr(cell, key) == value for key, value in only.items())]
     keys = [cell.key for cell in cells]
     return StudyRun(study=study, cells=cells, outcomes=[found[key] for key in keys if key in found])
@@ -115,11 +115,9 @@ def figures(text: str) -> str:
 
 
 def tables_of(document: str, study: str) -> list[list[list[str]]]:
-    """Cells of the tables in the section of a document that shows how a study is run."""
+    """Cells of the tables in the section of a document that names the stored results of a study."""
     text = (ROOT / "docs" / document).read_text()
-    (section,) = [
-        part for part in re.split(r"\n#+ ", text) if re.search(rf"    stableopd study studies/{study}[.]yaml", part)
-    ]
+    (section,) = [part for part in re.split(r"\n#+ ", text) if f"docs/results/{study}.jsonl" in part]
     blocks = re.findall(r"(?:^[|].*\n)+", section, re.MULTILINE)
     return [
         [[cell.strip() for cell in line.strip("|\n").split("|")] for line in block.splitlines()] for block in blocks
