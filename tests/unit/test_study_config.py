@@ -16,7 +16,7 @@ from stableopd.study.jobs import Job
 from stableopd.study.layers import merged
 from stableopd.study.made_with import made_with, settings_digest, standing
 from stableopd.study.outcome import Outcome, read_outcomes
-from stableopd.study.running import _without_twins
+from stableopd.study.running import _jobs, _without_twins
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = {"p": {"teacher": {"model_name_or_path": "a"}}, "q": {"teacher": {"model_name_or_path": "b"}}}
@@ -305,7 +305,7 @@ def test_the_runs_own_prompts_are_asked_as_they_stand(chat, benchmarks, as_it_st
     base = {**BASE, "evaluation": {"path": "e", "chat": chat}}
     asked = study(base=base, final={"benchmarks": benchmarks})
     run = Job(name="run", command=(), stem=Path("run"))
-    job = final_job(asked, asked.final, cells_of(asked)[0], after=run)
+    job = final_job(asked, asked.final, cells_of(asked)[0], {}, after=run)
     assert ("--no-chat" in job.command) == as_it_stands
 
 
@@ -346,6 +346,35 @@ def test_a_judge_is_tried_in_a_process_of_its_own(tmp_path, monkeypatch, capfd):
     with pytest.raises(ConfigError, match=r"evaluation.judge: .*its process ended with status 7"):
         check_inputs(left, cells_of(left))
     assert "hello" not in capfd.readouterr().out
+
+
+def test_a_twin_that_read_other_prompts_is_no_twin(tmp_path):
+    (tmp_path / "d.jsonl").write_text("one")
+    base = {**BASE, "data": {"path": str(tmp_path / "d.jsonl")}}
+    made = study(base=base, methods={"sft": {}}, pairs=PAIRS, output_dir=str(tmp_path))
+    cell = cells_of(made)[0]
+    done = Outcome(
+        arm="sft", pair="p", seed=0, digest=settings_digest(made, cell), figures={}, verdict="", headline="",
+        inputs=contents_of(made, cell),
+    )  # fmt: skip
+    other = made.only(pairs=["q"])
+    (tmp_path / "d.jsonl").write_text("another")
+    assert len(_without_twins(other, cells_of(other), [done])) == 1
+    (tmp_path / "d.jsonl").write_text("one")
+    assert _without_twins(other, cells_of(other), [done]) == []
+
+
+def test_a_run_of_other_models_is_another_job_wherever_they_lie(tmp_path):
+    def settings(**changes) -> list[str]:
+        made = study(**{"world": WORLD, "final": {}, "cold_start": {}, "output_dir": str(tmp_path), **changes})
+        return [job.settings for job in _jobs(made, cells_of(made)[0], False)[-3:]]
+
+    start, run, answers = settings()
+    other = settings(world={"name": "toy", "teachers": {"a": {"habit": "clean", "seed": 9}}})
+    assert (start != other[0], run != other[1], answers != other[2]) == (True, True, True)
+    assert settings(final={"num_prompts": 3})[:2] == [start, run]
+    assert settings(base={"learning_rate": 0.5})[2] != answers
+    assert settings(parallel=7) == [start, run, answers]
 
 
 @pytest.mark.parametrize("setting", ["data.path", "evaluation.path", "final.benchmarks: math500={}", "evaluation"])

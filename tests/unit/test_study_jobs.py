@@ -100,6 +100,14 @@ def test_what_was_begun_with_other_settings_is_not_gone_on_with(tmp_path):
     assert ended["run"].status == "done"
 
 
+def test_a_job_that_may_be_made_anew_is_where_its_settings_have_changed(tmp_path):
+    run_jobs([job(tmp_path, "answers", "pass", settings="a")], parallel=1)
+    again = job(tmp_path, "answers", "pass", settings="b", again=True)
+    assert again.is_to_be_made
+    assert run_jobs([again], parallel=1)["answers"].fresh
+    assert not job(tmp_path, "answers", "pass", settings="b", again=True).is_to_be_made
+
+
 def test_a_job_that_ends_well_before_its_end_has_failed(tmp_path):
     last = tmp_path / "step-000010"
     ended = run_jobs([job(tmp_path, "run", "raise SystemExit(0)", leaves=last)], parallel=1)

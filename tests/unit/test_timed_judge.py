@@ -18,7 +18,7 @@ from stableopd.errors import ConfigError
 from stableopd.judges import voter_of
 
 CODE = """
-import ctypes, os, subprocess, sys, time
+import ctypes, os, subprocess, sys, threading, time
 
 def judge(completion, answer):
     print("chatter on standard output", flush=True)
@@ -51,10 +51,12 @@ def judge(completion, answer):
     if completion == "scribble":
         for descriptor in range(3, 20):
             try:
-                os.write(descriptor, b"junk\\n[1]\\n{\\"right\\": true}\\n")
+                os.write(descriptor, b"junk\\n\\n[1]\\n{\\"right\\": true}\\njunk")
             except OSError:
                 pass
         return False
+    if completion == "die later":
+        threading.Timer(0.2, os._exit, (3,)).start()
     if completion == "numpy":
         import numpy
         return numpy.bool_(True)
@@ -104,6 +106,23 @@ def test_whatever_a_judge_does_costs_its_answer_alone(name):
     assert "strange output" in found[3].message
     assert "1 s" in found[1].message
     assert found[0].vote == "2"
+
+
+def test_a_process_that_dies_between_two_questions_costs_no_answer(name):
+    with TimedJudge(name, timeout_s=5.0) as judge:
+        assert judge.judge("die later", "die later").right
+        time.sleep(1.0)
+        assert judge.judge("2", "2").right
+
+
+def test_a_process_that_is_gone_is_closed_without_an_error(name):
+    with TimedJudge(name, timeout_s=5.0) as judge:
+        judge.start()
+        (worker,) = judge._workers
+        worker._process.kill()
+        worker._process.wait()
+        worker._process.stdin.write(b"what no one reads")
+    assert worker._process is None
 
 
 def test_a_vote_of_any_kind_is_text_or_none_and_never_costs_the_verdict(name):

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 from stableopd.errors import StableOPDError
 from stableopd.judges import as_verdict, get_judge, voter_of
@@ -39,10 +39,15 @@ def main() -> None:
         asked = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, asked["last_resort_s"])
         verdict = _judged(judge, asked)
-        print(json.dumps({"token": asked["token"], **verdict}), file=replies)
+        _reply(replies, asked, verdict)
         if "right" in verdict:
-            print(json.dumps({"token": asked["token"], "vote": _vote(vote, asked["completion"])}), file=replies)
+            _reply(replies, asked, {"vote": _vote(vote, asked["completion"])})
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _reply(replies: IO[str], asked: dict[str, Any], told: dict[str, Any]) -> None:
+    """On a line of its own, whatever the judge has written there before."""
+    print("\n" + json.dumps({"token": asked["token"], **told}), file=replies)
 
 
 def _judged(judge: Callable[[str, str], object], asked: dict[str, Any]) -> dict[str, Any]:

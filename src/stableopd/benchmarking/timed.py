@@ -132,6 +132,8 @@ class _Worker:
         self._rest = b""
 
     def ask(self, completion: str, answer: str, timeout_s: float) -> Judged:
+        if self._process is not None and self._process.poll() is not None:  # died between two questions
+            self.kill()
         process = self.start()
         assert process.stdin is not None
         token = secrets.token_hex(8)
@@ -142,7 +144,7 @@ class _Worker:
             process.stdin.flush()
         except (BrokenPipeError, OSError):
             return self._lost(process)
-        verdict = self._reply(process, token, timeout_s)
+        verdict = self._reply(process, token, ("right", "error"), timeout_s)
         if verdict is None:
             self.kill()
             return Judged(right=False, failure="timeout", message=f"no verdict within {timeout_s:g} s")
@@ -150,28 +152,26 @@ class _Worker:
             return self._lost(process)
         if "error" in verdict:
             return Judged(right=False, failure="error", message=verdict["error"])
-        vote = self._reply(process, token, timeout_s)
+        vote = self._reply(process, token, ("vote",), timeout_s)
         if not vote:  # it hangs or has died, and the verdict is there
             self.kill()
         return Judged(right=verdict["right"], vote=vote["vote"] if vote else None)
 
-    def _reply(self, process: subprocess.Popen[bytes], token: str, timeout_s: float) -> dict[str, Any] | None:
-        """The next line that answers this question; None when there is none in time, empty when the process has died.
-
-        Others are passed over: a judge may write wherever it likes.
+    def _reply(
+        self, process: subprocess.Popen[bytes], token: str, keys: Sequence[str], timeout_s: float
+    ) -> dict[str, Any] | None:
+        """The next line that answers this question with one of `keys`; None when there is none in time, empty when the
+        process has died. Others are passed over: a judge may write wherever it likes.
         """
         deadline = time.monotonic() + timeout_s
-        while (left := deadline - time.monotonic()) > 0:
-            line = self._read(process, left)
-            if not line:
-                return None if line is None else {}
+        while line := self._read(process, deadline):
             try:
                 found = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(found, dict) and found.get("token") == token:
+            if isinstance(found, dict) and found.get("token") == token and not found.keys().isdisjoint(keys):
                 return found
-        return None
+        return None if line is None else {}
 
     def start(self) -> subprocess.Popen[bytes]:
         """The process, begun where there is none. Raises: ConfigError when the judge cannot be had."""
@@ -187,7 +187,7 @@ class _Worker:
             start_new_session=True,  # Ctrl-C is for the one who asks; and what a judge starts dies with it
         )
         self._process, self._rest = process, b""
-        reply = self._read(process, _START_S)
+        reply = self._read(process, time.monotonic() + _START_S)
         told = json.loads(reply) if reply else {}
         if "ready" not in told:
             ended = process.wait(_ENDING_S) if reply == b"" else None
@@ -197,20 +197,21 @@ class _Worker:
             raise ConfigError(told.get("refused", f"{self._setting}: the judge {self._name!r} cannot be used: {why}"))
         return process
 
-    def _read(self, process: subprocess.Popen[bytes], timeout_s: float) -> bytes | None:
-        """One line; None when there is none in time, nothing when the process has died."""
+    def _read(self, process: subprocess.Popen[bytes], deadline: float) -> bytes | None:
+        """One line with its end; None when there is none in time, nothing when the process has died."""
         assert process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._rest:
-                if not selector.select(timeout_s):
+                left = deadline - time.monotonic()
+                if left <= 0 or not selector.select(left):
                     return None
                 chunk = os.read(process.stdout.fileno(), 1 << 16)
                 if not chunk:
                     return b""
                 self._rest += chunk
-        line, _, self._rest = self._rest.partition(b"\n")
-        return line
+        line, newline, self._rest = self._rest.partition(b"\n")
+        return line + newline
 
     def _lost(self, process: subprocess.Popen[bytes]) -> Judged:
         self.kill()
@@ -225,7 +226,8 @@ class _Worker:
         process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                pipe.close()
+                with suppress(OSError):  # closing writes what is left, and no one reads it
+                    pipe.close()
 
     def __del__(self) -> None:
         if self._process is not None:

@@ -19,7 +19,7 @@ Actions = Literal["off", "warn", "stabilise", "rollback", "stop"]
 Action = Literal["raise", "lower", "drop_loops", "shorten", "rollback", "stop"]
 
 FIRST_GOLD, FIRST_REFERENCE = 1.0, 0.1
-"""StableOPD's own coefficients: what the first level puts in place of lower ones."""
+"""What the first level puts in place of lower ones: λ of StableOPD, and a third of its β."""
 RAISE_BY = 3.0
 """Each further level multiplies both coefficients by this."""
 MAX_LEVEL = 3

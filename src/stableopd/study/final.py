@@ -10,7 +10,7 @@ from typing import Any
 
 from stableopd.config import StableOPDConfig
 from stableopd.errors import ConfigError
-from stableopd.study.cells import Cell, without_places
+from stableopd.study.cells import Cell
 from stableopd.study.config import FinalConfig, StudyConfig
 from stableopd.study.jobs import Job
 
@@ -56,8 +56,13 @@ def protocol(final: FinalConfig, config: StableOPDConfig) -> dict[str, Any]:
     return {option: value for option, value in options.items() if value is not None}
 
 
-def final_job(study: StudyConfig, final: FinalConfig, cell: Cell, after: Job, *, again: bool = False) -> Job:
-    """The answers of a finished run's last checkpoint to the benchmarks of the study."""
+def final_job(
+    study: StudyConfig, final: FinalConfig, cell: Cell, made_with: Mapping[str, Any], after: Job, *, again: bool = False
+) -> Job:
+    """The answers of a finished run's last checkpoint to the benchmarks of the study.
+
+    Args: `made_with` is all that they depend on, the run included.
+    """
     command = [sys.executable, "-m", "stableopd", "eval", str(cell.folder)]
     for option, value in protocol(final, cell.config).items():
         command += _arguments(option, value)
@@ -68,7 +73,7 @@ def final_job(study: StudyConfig, final: FinalConfig, cell: Cell, after: Job, *,
         stem=cell.folder.with_name(f"{cell.folder.name}.final"),
         after=(after.name,),
         makes=answers_of(cell),
-        settings=json.dumps(without_places(protocol(final, cell.config), study), sort_keys=True),
+        settings=json.dumps(made_with, sort_keys=True),
         again=again,
     )
 

@@ -62,14 +62,18 @@ def check_contents(study: StudyConfig, cells: Sequence[Cell], known: Sequence[Ou
     """Raises: ConfigError for a file that holds something else than when a finished run read it."""
     results = {outcome.key: outcome for outcome in known}
     for cell in cells:
-        outcome = results.get(cell.key)
-        now = contents_of(study, cell) if outcome is not None and outcome.inputs else {}
-        changed = [name for name, digest in now.items() if outcome and outcome.inputs.get(name, digest) != digest]
+        changed = changed_inputs(study, cell, results[cell.key]) if cell.key in results else []
         if changed:
             raise ConfigError(
                 f"what {changed[0]} names has changed since {cell.arm} of {cell.pair}, seed {cell.seed} was run, and "
                 "runs on other prompts are not mixed: put it back as it was, or choose another output_dir"
             )
+
+
+def changed_inputs(study: StudyConfig, cell: Cell, outcome: Outcome) -> list[str]:
+    """Settings whose files of prompts hold something else than when a finished run read them."""
+    now = contents_of(study, cell) if outcome.inputs else {}
+    return [name for name, digest in now.items() if outcome.inputs.get(name, digest) != digest]
 
 
 def _digest_at(place: Path) -> str:

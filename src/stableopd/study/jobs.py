@@ -65,6 +65,12 @@ class Job:
     def record(self) -> Path:
         return self.stem.with_name(self.stem.name + ".job.json")
 
+    @property
+    def is_to_be_made(self) -> bool:
+        """Whether there is nothing of it, or it is to be made anew."""
+        record = self.made_with()
+        return record is None or (self.again and record.get("digest") != self.digest)
+
     def made_with(self) -> dict[str, Any] | None:
         """The record of a finished job; None when it has not ended well yet."""
         found = self.attempt
@@ -115,7 +121,7 @@ def run_jobs(
 
     for job in waiting.copy():
         record = job.made_with()
-        if record is None or (job.again and record.get("digest") != job.digest):
+        if record is None or job.is_to_be_made:
             continue
         waiting.remove(job)
         if record.get("digest") == job.digest:

@@ -40,11 +40,6 @@ def settings_digest(study: StudyConfig, cell: Cell) -> str:
     return hashlib.blake2b(json.dumps(made_with(study, cell), sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def training_settings(study: StudyConfig, config: StableOPDConfig) -> str:
-    """Settings of a run that change what comes out, without defaults and places."""
-    return json.dumps(_given(study, config), sort_keys=True)
-
-
 def _given(study: StudyConfig, config: StableOPDConfig) -> dict[str, Any]:
     given = config.model_dump(mode="json", exclude_defaults=True, exclude=_no_result(config))
     found: dict[str, Any] = without_places(given, study)

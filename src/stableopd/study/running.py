@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from stableopd.config import StableOPDConfig
 from stableopd.config_files import dump_config
@@ -15,9 +17,9 @@ from stableopd.recorder import lock_folder
 from stableopd.study.cells import Cell, cells_of, last_checkpoint
 from stableopd.study.config import StudyConfig
 from stableopd.study.final import answers_of, final_job
-from stableopd.study.inputs import check_contents, check_inputs, contents_of
+from stableopd.study.inputs import changed_inputs, check_contents, check_inputs, contents_of
 from stableopd.study.jobs import Ended, Job, run_jobs
-from stableopd.study.made_with import made_with, run_key, settings_digest, settings_file, standing, training_settings
+from stableopd.study.made_with import made_with, run_key, settings_digest, settings_file, standing
 from stableopd.study.outcome import Outcome, append_outcome, by_arm, read_folder, read_outcomes, with_answers
 
 RESULTS = "results.jsonl"
@@ -67,8 +69,9 @@ def run_study(
     reads is not there, or a finished one was made with others; RunFolderError when another process runs this study.
     """
     cells = cells_of(study)
-    known = standing(study, cells, read_outcomes(study.folder / RESULTS), ask_again=ask_again)
-    check_contents(study, cells, known)
+    stored = read_outcomes(study.folder / RESULTS)
+    check_contents(study, cells, stored)
+    known = standing(study, cells, stored, ask_again=ask_again)
     check_inputs(study, cells)
     study.folder.mkdir(parents=True, exist_ok=True)
     with _locked(study.folder):
@@ -76,7 +79,7 @@ def run_study(
         missing = _without_twins(study, cells, known)
         last_jobs = {_jobs(study, twins[0], ask_again)[-1].name: twins for twins in missing}
         jobs = list({job.name: job for twins in missing for job in _jobs(study, twins[0], ask_again)}.values())
-        tell_total(sum(job.made_with() is None for job in jobs))
+        tell_total(sum(job.is_to_be_made for job in jobs))
 
         unread: list[Ended] = []
 
@@ -131,7 +134,11 @@ def _without_twins(study: StudyConfig, cells: Sequence[Cell], known: Sequence[Ou
 
 
 def _is_done(study: StudyConfig, cell: Cell, results: Mapping[tuple[str, str, int], Outcome]) -> bool:
-    return cell.key in results and results[cell.key].digest == settings_digest(study.whole, cell)
+    """Whether a cell, of the part that is run or not, has a result that holds."""
+    outcome = results.get(cell.key)
+    if outcome is None or outcome.digest != settings_digest(study.whole, cell):
+        return False
+    return not changed_inputs(study.whole, cell, outcome)
 
 
 def _cells_of_the_whole(study: StudyConfig, cells: Sequence[Cell]) -> Sequence[Cell]:
@@ -159,28 +166,40 @@ def existing(study: StudyConfig) -> StudyRun:
     Raises: ConfigError as `run_study`.
     """
     cells = cells_of(study)
-    check_contents(study, cells, standing(study, cells, read_outcomes(study.folder / RESULTS)))
+    stored = read_outcomes(study.folder / RESULTS)
+    check_contents(study, cells, stored)
+    standing(study, cells, stored)
     return StudyRun(study=study, cells=cells, outcomes=_finished(study, cells))
 
 
 def _finished(study: StudyConfig, cells: Sequence[Cell]) -> list[Outcome]:
     """The results that there are of the study's cells, in their order."""
-    known = {outcome.key: outcome for outcome in read_outcomes(study.folder / RESULTS)}
-    return [known[cell.key].with_late(study.late_fraction) for cell in cells if cell.key in known]
+    known = {(outcome.key, outcome.digest): outcome for outcome in read_outcomes(study.folder / RESULTS)}
+    found = [known.get((cell.key, settings_digest(study, cell))) for cell in cells]
+    return [outcome.with_late(study.late_fraction) for outcome in found if outcome is not None]
 
 
 def _jobs(study: StudyConfig, cell: Cell, ask_again: bool) -> list[Job]:
-    """All that a cell needs, its own run last."""
+    """All that a cell needs, its own run last.
+
+    Each is made with all that went into it: a run of other models is another run, wherever they lie.
+    """
+    made = made_with(study, cell)
+    world = {"world": made["world"]} if "world" in made else {}
     jobs = study.world.jobs(study.folder, cell.pair, cell.seed) if study.world else []
     if cell.cold_start is not None:
-        jobs.append(_training(study, "cold start", cell.cold_start, after=jobs))
-    jobs.append(_training(study, "run", cell.config, after=jobs))
+        under = {"run": made["cold_start"], **world}
+        jobs.append(_training(study, "cold start", cell.cold_start, under, after=jobs))
+    trained = {part: given for part, given in made.items() if part != "final"}
+    jobs.append(_training(study, "run", cell.config, trained, after=jobs))
     if study.final is not None:
-        jobs.append(final_job(study, study.final, cell, after=jobs[-1], again=ask_again))
+        jobs.append(final_job(study, study.final, cell, made, after=jobs[-1], again=ask_again))
     return jobs
 
 
-def _training(study: StudyConfig, what: str, config: StableOPDConfig, after: Sequence[Job]) -> Job:
+def _training(
+    study: StudyConfig, what: str, config: StableOPDConfig, made: Mapping[str, Any], after: Sequence[Job]
+) -> Job:
     folder, path = config.run_dir, settings_file(config)
     launch = study.launch or (sys.executable, "-m", "stableopd")
     return Job(
@@ -191,7 +210,7 @@ def _training(study: StudyConfig, what: str, config: StableOPDConfig, after: Seq
         after=tuple(job.name for job in after),
         begun=folder,
         leaves=last_checkpoint(config),
-        settings=training_settings(study, config),
+        settings=json.dumps(made, sort_keys=True),
     )
 
 
