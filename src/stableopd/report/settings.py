@@ -18,7 +18,7 @@ NOT_COMPARED = ("output_dir", "logging", "run_name")
 
 
 def method(config: Mapping[str, Any]) -> str:
-    """Method and coefficients: `stableopd · distill 1 (reverse_kl) · gold 1 · reference 0.1`.
+    """Method and coefficients: `stableopd · distill 1 (reverse_kl) · gold 1 · reference 0.3`.
 
     A controller that may change the run is named too: what it does is as good as a setting.
     """
