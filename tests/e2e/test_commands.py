@@ -67,7 +67,7 @@ def test_train_then_report(config, tmp_path):
     }  # fmt: skip
     assert wanted <= rows[1].keys()
     assert rows[1]["loss"] == pytest.approx(
-        rows[1]["loss/distill"] + 0.5 * rows[1]["loss/gold"] + 0.1 * rows[1]["loss/reference"], rel=1e-5
+        rows[1]["loss/distill"] + 0.5 * rows[1]["loss/gold"] + 0.3 * rows[1]["loss/reference"], rel=1e-5
     )
     assert "eval/validation_greedy/truncation_rate" in rows[2]
     assert yaml.safe_load((run / "config.yaml").read_text())["objective"]["gold"]["coef"] == 0.5
