@@ -164,13 +164,27 @@ def test_an_answer_that_is_no_text_and_no_finite_number_is_refused_with_its_plac
 
 @pytest.mark.parametrize(
     ("name", "answer"),
-    [("gsm8k", "no hashes"), ("olympiadbench", ["2", None]), ("olympiadbench", [["2"]]), ("math500", ["2"])],
+    [
+        ("gsm8k", "no hashes"),
+        ("gsm8k", "none #### "),
+        ("olympiadbench", ["2", None]),
+        ("olympiadbench", [["2"]]),
+        ("math500", ["2"]),
+    ],
 )
 def test_a_copy_whose_answers_are_of_another_kind_is_refused_with_the_row(tmp_path, name, answer):
     spec, path = REGISTRY[name], tmp_path / "copy.json"
     path.write_text(json.dumps([{spec.question_column: "a", spec.answer_column: answer}]))
     with pytest.raises(DataError, match="row 1: "):
         load_benchmark(f"{name}={path}")
+
+
+@pytest.mark.parametrize("question", [["What", "is"], " \n", 7, {"text": "a"}])
+def test_a_copy_whose_questions_are_no_text_is_refused_with_the_row(tmp_path, question):
+    spec, path = REGISTRY["math500"], tmp_path / "copy.json"
+    path.write_text(json.dumps([{spec.question_column: question, spec.answer_column: "2"}]))
+    with pytest.raises(DataError, match=r"row 1: .*question"):
+        load_benchmark(f"math500={path}")
 
 
 @pytest.mark.parametrize(

@@ -71,3 +71,14 @@ def test_a_note_is_shown_as_it_stands_and_once():
     for _ in range(2):
         console.on_note(trainer, "the function said [bold]KeyError[/]")
     assert out.getvalue() == "note the function said [bold]KeyError[/]\n"
+
+
+def test_a_judge_that_fails_is_told_of_once_and_before_a_question_about_its_choice():
+    console, trainer, out = reporter()
+    failed = {"eval/validation/accuracy": 0.0, "eval/validation/judge_failures": 8.0}
+    console.on_evaluate(trainer, {**failed, "eval/validation/judge_timeouts": 5.0})
+    console.on_evaluate(trainer, {**failed, "eval/validation/judge_timeouts": 5.0})
+    told = " ".join(out.getvalue().split())
+    assert told.count("gave no verdict on 8 held-out answers") == 1
+    assert "(5 took longer than 10 s" in told
+    assert "not one held-out answer" not in told

@@ -168,6 +168,8 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path):
     ("name", "content", "expected"),
     [
         ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": }\n', "a.jsonl, line 3, column 12 is not JSON"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": ' + "[" * 100_000, "a.jsonl, line 2 cannot be read as JSON"),
+        ("a.jsonl", '{"prompt": "a", "answer": ' + "9" * 5_000 + "}", "a.jsonl, line 1 cannot be read as JSON"),
         ("a.jsonl", '{"prompt": "a"}\n["prompt"]\n', "a.jsonl, line 2 is a list, not an object"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xe9"}\n', "a.jsonl, line 2 is not UTF-8 (byte 0xe9)"),
         ("a.json", '[{"prompt": "a"},\n{"prompt" "b"}]', "a.json, line 2, column 11 is not JSON"),
@@ -494,8 +496,8 @@ def test_answers_are_made_text(chatml):
 
 
 def test_numbers_that_are_whole_are_the_same_answer_however_they_are_stored(chatml):
-    rows = [{"prompt": "q", "answer": answer} for answer in (5, 5.0, 5.5, "5.0")]
-    assert [example.answer for example in load(rows, chatml)] == ["5", "5", "5.5", "5.0"]
+    rows = [{"prompt": "q", "answer": answer} for answer in (5, 5.0, 5.5, "5.0", 10**400)]
+    assert [example.answer for example in load(rows, chatml)] == ["5", "5", "5.5", "5.0", str(10**400)]
 
 
 @pytest.mark.parametrize("answer", [[1, 2], {"value": 1}, b"1", [], float("nan")])

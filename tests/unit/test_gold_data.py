@@ -230,3 +230,4 @@ def test_a_teacher_that_is_never_right_writes_nothing(settings, tmp_path):
     with pytest.raises(DataError, match=r"can be gold \(.*wrong \d+\)"):
         make(settings(judge="never"), tmp_path / "gold.jsonl")
     assert not (tmp_path / "gold.jsonl").exists()
+    make(settings("seed=6"), tmp_path / "gold.jsonl")  # other settings, as the message says, are not refused
