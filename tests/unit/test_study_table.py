@@ -187,6 +187,15 @@ def test_a_tie_is_not_better():
     assert rows_of(a_run(spread[::-1]))[1].better == 0
 
 
+def test_greedy_answers_that_were_lost_on_the_way_are_told_of_beside_the_collapses():
+    lost = {"accuracy": [(0, 0.4), (10, 0.5)], "greedy_truncation": [(0, 0.0), (5, 0.9), (10, 0.0)]}
+    fell = replace(outcome("opd", seed=1, figures={"collapsed": 1.0}), curves=lost)
+    runs = [outcome("stableopd"), outcome("stableopd", seed=1), replace(outcome("opd"), curves=lost), fell]
+    run = a_run(runs, seeds=[0, 1])
+    told = headline(run, rows_of(run))
+    assert told.endswith("collapsed: opd 1 of 2; most greedy answers cut off for a while: opd 1 of 2")
+
+
 def test_several_benchmarks_are_told_one_by_one_too():
     answers = {"math": [1.0, 0.0], "aime": [0.5, 0.0, 0.25, 0.25]}
     runs = [

@@ -76,9 +76,20 @@ def headline(run: StudyRun, rows: Sequence[Row]) -> str:
         text = f"{first[0].arm} ends highest, at {shown(first[0].accuracy)} over {num_runs} run{'s'[: num_runs > 1]}"
     collapsed = [f"{row.arm} {row.collapsed} of {row.num_runs}" for row in rows if row.collapsed]
     text += f"; collapsed: {', '.join(collapsed)}" if collapsed else "; no run collapsed"
+    text += _lost_greedily(run, rows)
     text = f"{run.study.part} alone: {text}" if run.study.part else text
     missing = len(run.cells) - len(run.outcomes)
     return text + (f" ({missing} of {len(run.cells)} runs are missing)" if missing else "")
+
+
+def _lost_greedily(run: StudyRun, rows: Sequence[Row]) -> str:
+    """Runs whose sampled accuracy held while most greedy answers ran into the limit: no collapse, and not healthy."""
+    told = []
+    for row in rows:
+        held = [outcome for outcome in run.arms.get(row.arm, ()) if not outcome.figures.get("collapsed")]
+        lost = sum(any(value > 0.5 for _, value in outcome.curves.get("greedy_truncation", ())) for outcome in held)
+        told += [f"{row.arm} {lost} of {row.num_runs}"] if lost else []
+    return f"; most greedy answers cut off for a while: {', '.join(told)}" if told else ""
 
 
 def _mean(row: Row) -> str:
