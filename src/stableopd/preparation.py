@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from stableopd.benchmarking.loading import benchmark_without_options
 from stableopd.config import StableOPDConfig
-from stableopd.data import GoldPool, PromptStream, load_examples, read_rows
+from stableopd.data import load_examples, read_rows
+from stableopd.drawing import GoldPool, PromptStream
 from stableopd.errors import ConfigError, ModelError
 from stableopd.models import context_length
 from stableopd.types import Example

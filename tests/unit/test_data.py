@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from stableopd.data import GoldPool, PromptStream, load_examples, read_rows
+from stableopd.data import load_examples, read_rows
+from stableopd.drawing import GoldPool, PromptStream
 from stableopd.errors import DataError, MissingDependencyError, ModelError
 from stableopd.types import Example
 

@@ -51,6 +51,7 @@ LAYERS = (
     {
         "config_files",
         "data",
+        "drawing",
         "models",
         "optimizer",
         "judges",

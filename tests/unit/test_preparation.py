@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from stableopd.data import GoldPool, PromptStream
+from stableopd.drawing import GoldPool, PromptStream
 from stableopd.preparation import RunData
 from stableopd.types import Example
 
