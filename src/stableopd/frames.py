@@ -14,9 +14,9 @@ from rich.text import Text
 
 from stableopd.console import STYLES, printable
 from stableopd.health.history import LOOPS, MEAN_LENGTH, REPETITION, TRUNCATION
+from stableopd.snapshot import CHARACTERS, Snapshot, names_of_evaluations
 from stableopd.sparklines import sparkline
 from stableopd.types import Alert
-from stableopd.watched import CHARACTERS, Snapshot, names_of_evaluations
 
 VERDICT_STYLES = {"healthy": "bold green", "warning": "bold yellow", "collapsed": "bold red", "unknown": "bold"}
 MAX_EVALUATIONS = 2

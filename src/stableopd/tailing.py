@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 MAX_BYTES = 8 << 20
 """Most bytes of one read, so that a long file does not hold up who follows it."""
@@ -107,3 +109,51 @@ def _open_regular(path: Path) -> BinaryIO:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return os.fdopen(descriptor, "rb", buffering=0)
+
+
+class Records:
+    """The JSON objects of a growing file; lines that are none are counted."""
+
+    def __init__(self, path: Path) -> None:
+        self.tail = FileTail(path)
+        self.restarts = 0
+        self.more = False
+        self.num_broken = 0
+        self._line = 0
+        self._broken_line = 0
+
+    def read(self, begin_anew: Callable[[], None], take: Callable[[Mapping[str, Any]], bool]) -> bool:
+        """Hand over what was appended; whether there was anything."""
+        appended = self.tail.read()
+        self.more = appended.more
+        if appended.restarted:
+            self.restarts += 1
+            self.num_broken = self._line = 0
+            begin_anew()
+        for line in appended.lines:
+            self._line += 1
+            if line.strip() and not any(take(record) for record in _objects(line)):
+                self.num_broken += 1
+                self._broken_line = self._line
+        return appended.restarted or bool(appended.lines)
+
+    def notes(self) -> tuple[str, ...]:
+        notes = []
+        if self.num_broken:
+            lines = "line" if self.num_broken == 1 else "lines"
+            notes.append(
+                f"{self.num_broken} {lines} of {self.tail.path.name} cannot be used (last: line {self._broken_line})"
+            )
+        if self.tail.skipped_lines:
+            notes.append(f"{self.tail.skipped_lines} overlong lines of {self.tail.path.name} left out")
+        return tuple(notes)
+
+
+def _objects(line: bytes) -> Iterator[Mapping[str, Any]]:
+    """The object that the line holds, or nothing."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(record, dict):
+        yield record

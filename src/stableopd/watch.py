@@ -13,7 +13,8 @@ from rich.live import Live
 
 from stableopd.errors import RunFolderError
 from stableopd.frames import frame
-from stableopd.watched import Follower, Snapshot
+from stableopd.snapshot import Snapshot
+from stableopd.watched import Follower
 
 HEALTHY, UNHEALTHY = 0, 1
 PATIENCE_S = 2.0

@@ -90,7 +90,7 @@ LAYERS = (
     {"benchmarking", "benchmarking.registry", "benchmarking.scores", "benchmarking.cache", "benchmarking.judge_worker"}
     | {"benchmarking.loading", "benchmarking.results", "benchmarking.timed"},
     {"metrics", "recorder", "checkpoint", "step", "evaluate", "preparation", "console", "rewards", "observation"}
-    | {"diagnose_view", "watched", "frames", "watch"}
+    | {"diagnose_view", "watched", "watched_rollouts", "snapshot", "frames", "watch"}
     | {
         "logbook",
         "plots",

@@ -18,8 +18,10 @@ from rich.console import Console
 
 from stableopd.errors import RunFolderError
 from stableopd.frames import frame
+from stableopd.snapshot import Snapshot
 from stableopd.watch import Lookout, follow, show_once
-from stableopd.watched import Follower, RolloutSource, Snapshot
+from stableopd.watched import Follower
+from stableopd.watched_rollouts import RolloutSource
 
 
 def settled(follower: Follower) -> Snapshot:
