@@ -175,8 +175,9 @@ def diagnose(
 
     Exit status: 0 healthy, 1 not healthy, 2 bad input.
     """
-    from stableopd.diagnose import diagnose_sources, to_json
+    from stableopd.diagnose import diagnose_sources
     from stableopd.diagnose_view import exit_code, print_diagnosis, reading_bar
+    from stableopd.diagnosis import to_json
     from stableopd.rollout_files import checked_format, find_sources
 
     sources = find_sources(paths, checked_format(format))

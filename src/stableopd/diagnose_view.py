@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from stableopd.console import STYLES
-from stableopd.diagnose import Diagnosis, StepRow, seen
+from stableopd.diagnose import seen
+from stableopd.diagnosis import Diagnosis, StepRow
 from stableopd.rollout_figures import Sample
 from stableopd.rollout_files import Advance
 from stableopd.sparklines import sparkline

@@ -148,10 +148,8 @@ class RunSource:
             config = yaml.safe_load(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError, yaml.YAMLError, RecursionError, UnicodeDecodeError):
             return False
-        before, self._max_steps = (
-            self._max_steps,
-            whole_number(config.get("max_steps")) if isinstance(config, dict) else None,
-        )
+        before = self._max_steps
+        self._max_steps = whole_number(config.get("max_steps")) if isinstance(config, dict) else None
         return self._max_steps != before
 
     def _why_nothing(self) -> str | None:

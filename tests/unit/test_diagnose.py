@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rollout_makers import looping, prose, texts_by_step, write_json_lines, write_slime, write_trl, write_verl
 
-from stableopd.diagnose import Diagnosis, diagnose, to_json
+from stableopd.diagnose import diagnose
 from stableopd.diagnose_view import MAX_ROWS, exit_code, print_diagnosis, printable
+from stableopd.diagnosis import Diagnosis, to_json
 from stableopd.errors import ConfigError, DataError
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07[bold red]not markup[/] [/] \x9b31m \u202ebackwards \ud800 "

@@ -47,7 +47,7 @@ LAYERS = (
         "advantages",
     },
     {"health_config"},
-    {"config", "runfolder", "rollout_rows", "rollout_files", "rollout_figures", "diagnose"},
+    {"config", "runfolder", "rollout_rows", "rollout_files", "rollout_figures", "diagnosis", "diagnose"},
     {
         "config_files",
         "data",
