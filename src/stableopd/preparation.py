@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, LoggerType
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from stableopd.benchmarking.loading import benchmark_without_options
+from stableopd.benchmarking.loading import load_benchmark
 from stableopd.config import StableOPDConfig
 from stableopd.data import load_examples, read_rows
 from stableopd.drawing import GoldPool, PromptStream
@@ -132,7 +132,7 @@ def _benchmarks(
     found: dict[str, list[Example]] = {}
     taken = _with_greedy(config.evaluation.name) if own else set()
     for given in config.evaluation.benchmarks:
-        benchmark = benchmark_without_options(given, num_problems=config.evaluation.num_prompts)
+        benchmark = load_benchmark(given, num_problems=config.evaluation.num_prompts)
         if not taken.isdisjoint(_with_greedy(benchmark.name)):
             raise ConfigError(
                 f"evaluation.benchmarks: {given!r} is called {benchmark.name!r} like another set; rename the file, or "

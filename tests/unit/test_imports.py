@@ -133,7 +133,8 @@ LAYERS = (
     {"integrations.journal"},
     {"integrations.trl", "integrations.slime"},
     {"integrations"},
-    {"commands", "commands.data", "commands.evaluation", "commands.study"},
+    {"commands", "commands.options"},
+    {"commands.data", "commands.evaluation", "commands.study"},
     {"cli", "__main__", "__init__"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

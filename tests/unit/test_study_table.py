@@ -84,7 +84,7 @@ def test_answers_to_the_same_prompts_are_what_is_compared_where_there_are_some()
 def test_collapses_are_counted_on_the_way_and_at_the_end():
     runs = [
         outcome("stableopd"),
-        outcome("opd", seed=0, figures={"collapsed": 1.0}, verdict="collapsed"),
+        outcome("opd", seed=0, figures={"collapsed": 1.0, "collapsed_at_end": 1.0}, verdict="collapsed"),
         outcome("opd", seed=1, figures={"collapsed": 1.0}, verdict="warning"),
         outcome("opd", seed=2),
     ]
@@ -115,7 +115,7 @@ def test_figures_of_a_run_folder_tell_a_collapsed_run_from_a_healthy_one(tmp_pat
         write_collapsing_run(tmp_path / "opd"), arm="opd", pair="p", seed=0, digest="d", name="held_out"
     ).with_late(0.2)  # fmt: skip
     well, curves = outcome_of_run(read_run(write_healthy_run(tmp_path / "well")), "held_out")
-    assert sick.figures["collapsed"] == 1.0
+    assert (sick.figures["collapsed"], sick.figures["collapsed_at_end"]) == (1.0, 1.0)
     assert well["collapsed"] == 0.0
     assert "collapse_step" not in well
     assert sick.verdict == "collapsed"

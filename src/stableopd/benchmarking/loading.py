@@ -139,16 +139,7 @@ def _from_hub(spec: BenchmarkSpec, name: str) -> Rows:
 
 def benchmark_prompts(given: str) -> list[str]:
     """The texts of all questions of a benchmark, as they stand in it."""
-    return [_text(problem.prompt) for problem in benchmark_without_options(given).problems]
-
-
-def benchmark_without_options(given: str, *, num_problems: int | None = None) -> Benchmark:
-    """`load_benchmark` for callers without options for columns, whose errors name none."""
-    try:
-        return load_benchmark(given, num_problems=num_problems)
-    except DataError as error:
-        message = re.sub(r"[Nn]ame (?:the|another) column with --\w+-column", "Rename the column", str(error))
-        raise DataError(message.replace("or Rename", "or rename")) from error
+    return [_text(problem.prompt) for problem in load_benchmark(given).problems]
 
 
 def _known(name: str) -> str:
@@ -196,19 +187,15 @@ def _answer(row: Mapping[str, Any], column: str, place: Place, answer_of: Callab
     try:
         return answer_of(raw)
     except DataError as error:
-        raise DataError(
-            f"{place}: {error}. Correct or remove the row, or name another column with --answer-column"
-        ) from None
+        raise DataError(f"{place}: {error}. Rename the column that holds it, or correct or remove the row") from None
 
 
 def _value(row: Mapping[str, Any], column: str, place: Place, what: str) -> Any:
     value = row.get(column)
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         known = ", ".join(map(repr, row))
-        flag = "--prompt-column" if what == "question" else "--answer-column"
         raise DataError(
-            f"{place}: no {what} in the column {column!r}; the row has {known}. Name the column with {flag}, or "
-            "remove the row"
+            f"{place}: no {what} in the column {column!r}; the row has {known}. Rename the column, or remove the row"
         )
     return value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from stableopd.commands.options import options_named
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -114,7 +116,7 @@ def openr1(
     )
     console = Console(soft_wrap=True)
     renamed = {"student.model_name_or_path": "--tokenizer"}
-    with spinner(console, "opening source and tokenizer"), _options_named(renamed):
+    with spinner(console, "opening source and tokenizer"), options_named(renamed):
         counter = load_tokenizer(ModelConfig(model_name_or_path=tokenizer), "student")
         rows = open_source(source, columns=COLUMNS)
         total = rows.num_rows()
@@ -244,7 +246,7 @@ def decontaminate(
     from stableopd.benchmarking.loading import benchmark_prompts
 
     console = Console(soft_wrap=True)
-    with spinner(console, "reading benchmarks"), _options_named({"data.path": "--against"}):
+    with spinner(console, "reading benchmarks"), options_named({"data.path": "--against"}):
         benchmarks = {name: benchmark_prompts(name) for name in dict.fromkeys(against)}
         index = OverlapIndex(
             benchmarks, ngram=ngram, min_ngram=min(MIN_NGRAM, ngram) if min_ngram is None else min_ngram
@@ -253,20 +255,6 @@ def decontaminate(
     with _bar(None, "rows") as on_rows:
         card = run(file, output, index, benchmarks=numbers, column=prompt_column, on_rows=on_rows)
     _print_card(console, card, output)
-
-
-@contextmanager
-def _options_named(renamed: Mapping[str, str]) -> Iterator[None]:
-    """Errors of parts that other commands use, too, tell this command's options in place of theirs."""
-    from stableopd.errors import StableOPDError
-
-    try:
-        yield
-    except StableOPDError as error:
-        message = str(error)
-        for theirs, ours in renamed.items():
-            message = message.replace(theirs, ours)
-        raise type(error)(message) from error
 
 
 @contextmanager

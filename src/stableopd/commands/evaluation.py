@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from stableopd.commands.options import options_named
+
 if TYPE_CHECKING:
     from stableopd.benchmarking.results import EvalResult, EvalSettings
 
@@ -110,13 +112,14 @@ def evaluate_command(
     if split is not None and all(spec_of(name) and not Path(name).exists() for name in benchmark):
         raise ConfigError(f"--split is {split!r}, but the registry's benchmarks have splits of their own; leave it out")
     _check_places(out, output)
-    found = load_benchmarks(  # all of them are looked at before the first answer
-        benchmark,
-        split=split,
-        question_column=prompt_column,
-        answer_column=answer_column,
-        num_problems=num_prompts,
-    )
+    with options_named({"Rename the column": "Name the column with --prompt-column or --answer-column"}):
+        found = load_benchmarks(  # all of them are looked at before the first answer
+            benchmark,
+            split=split,
+            question_column=prompt_column,
+            answer_column=answer_column,
+            num_problems=num_prompts,
+        )
     planned = [
         EvalSettings(
             model=model,

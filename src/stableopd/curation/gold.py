@@ -37,6 +37,8 @@ class GoldWork:
     rejection: Rejection
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
+    ends: frozenset[int]
+    """Ids that end a completion."""
     sampling: Sampling
     judge: TimedJudge
     result: GoldFile
@@ -59,18 +61,17 @@ class GoldWork:
         if finished is not None:
             self.judge.close()
             return finished
-        ends = _ends(self.config, self.model, self.tokenizer)
         journal = self.result.journal()
         try:
             sample_gold(
-                _engine(self.model, self.config, self.tokenizer, ends),
+                _engine(self.model, self.config, self.tokenizer, self.ends),
                 self.result.prompts.examples,
                 self.tokenizer,
                 self.sampling,
                 self.rejection,
                 self.judge,
                 journal,
-                end_ids=ends,
+                end_ids=self.ends,
                 on_prompts=on_prompts,
             )
             card = self.result.write(journal)
@@ -95,6 +96,7 @@ def prepare_gold(config: StableOPDConfig, rejection: Rejection, out: Path, *, go
     tokenizer = load_tokenizer(teacher_config, "teacher")
     prompts = _prompts(config, tokenizer)
     model = load_model(teacher_config, "teacher").eval()
+    ends = end_token_ids(tokenizer, getattr(model, "generation_config", None)) | {*config.rollout.stop_token_ids}
     sampling = _sampling(config)
     _check_room(model, prompts, sampling)
     settings = {key: value for key, value in asdict(sampling).items() if key != "num_generations"}
@@ -108,7 +110,7 @@ def prepare_gold(config: StableOPDConfig, rejection: Rejection, out: Path, *, go
             "gold_prefix": gold_prefix,
             "stop_token_ids": config.rollout.stop_token_ids,
             "gold_column": config.data.gold_column,
-            "end_token_ids": sorted(_ends(config, model, tokenizer)),
+            "end_token_ids": sorted(ends),
         },
         names={"teacher": teacher_config.model_name_or_path, "data": config.data.path},
         identity={
@@ -116,10 +118,10 @@ def prepare_gold(config: StableOPDConfig, rejection: Rejection, out: Path, *, go
             "teacher_weights": digest_of_weights(model),
             "asked_sha256": _digest_of_questions(prompts, tokenizer),
         },
-        gold_column=config.data.gold_column,
     )
     return GoldWork(
         config=config,
+        ends=ends,
         rejection=rejection,
         model=model,
         tokenizer=tokenizer,
@@ -127,11 +129,6 @@ def prepare_gold(config: StableOPDConfig, rejection: Rejection, out: Path, *, go
         judge=judge,
         result=result,
     )
-
-
-def _ends(config: StableOPDConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    generation_config = getattr(model, "generation_config", None)
-    return end_token_ids(tokenizer, generation_config) | {*config.rollout.stop_token_ids}
 
 
 def _teacher(config: StableOPDConfig) -> TeacherConfig:

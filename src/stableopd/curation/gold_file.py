@@ -49,7 +49,6 @@ class GoldFile:
     """What the user calls teacher and data."""
     identity: Mapping[str, Any]
     """Digests of teacher and data."""
-    gold_column: str
 
     @property
     def card_path(self) -> Path:
@@ -111,7 +110,9 @@ class GoldFile:
 
     def _line(self, row: Row, sample: Sample) -> str:
         gold = self.settings["gold_prefix"] + sample.text
-        return json_line({**row, self.gold_column: gold, "generation": sample.number, "gold_tokens": sample.num_tokens})
+        return json_line(
+            {**row, self.settings["gold_column"]: gold, "generation": sample.number, "gold_tokens": sample.num_tokens}
+        )
 
     def _card(self, journal: Journal, gold: Mapping[int, Sample], outputs: Mapping[str, Mapping[str, Any]]) -> Card:
         reasons, lengths = _tally(journal)

@@ -49,7 +49,7 @@ class Job:
         return hashlib.blake2b(self.settings.encode(), digest_size=12).hexdigest()
 
     @property
-    def attempt(self) -> dict[str, Any]:
+    def last_start(self) -> dict[str, Any]:
         """What is known of its last start: with which settings, and how it ended if it ended well."""
         try:
             found = json.loads(self.record.read_text())
@@ -68,12 +68,13 @@ class Job:
     @property
     def is_to_be_made(self) -> bool:
         """Whether there is nothing of it, or it is to be made anew."""
-        record = self.made_with()
+        record = self.finished
         return record is None or (self.again and record.get("digest") != self.digest)
 
-    def made_with(self) -> dict[str, Any] | None:
+    @property
+    def finished(self) -> dict[str, Any] | None:
         """The record of a finished job; None when it has not ended well yet."""
-        found = self.attempt
+        found = self.last_start
         if "returncode" not in found or (self.makes is not None and not self.makes.exists()):
             return None
         return found
@@ -120,10 +121,10 @@ def run_jobs(
         tell(ended[job.name])
 
     for job in waiting.copy():
-        record = job.made_with()
-        if record is None or job.is_to_be_made:
+        if job.is_to_be_made:
             continue
         waiting.remove(job)
+        record = job.finished or {}
         if record.get("digest") == job.digest:
             end(job, "done", fresh=False, seconds=record.get("seconds", 0.0))
         else:
@@ -177,7 +178,7 @@ def _is_blocked(job: Job, ended: Mapping[str, Ended]) -> bool:
 
 def _begun_otherwise(job: Job) -> str:
     """Why a job that was begun cannot be gone on with; empty: it can, or there is nothing to go on from."""
-    if job.begun is None or not job.begun.exists() or job.attempt.get("digest", job.digest) == job.digest:
+    if job.begun is None or not job.begun.exists() or job.last_start.get("digest", job.digest) == job.digest:
         return ""
     return f"{job.begun} was begun with other settings; put them back, or remove it to begin anew"
 

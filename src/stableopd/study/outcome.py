@@ -93,9 +93,9 @@ def outcome_of_run(run: RunRecord, name: str) -> tuple[dict[str, float], dict[st
             figures[figure] = max(value for _, value in curves[curve])
     collapsed = collapse_step(run.metrics, name)
     figures["collapsed"] = float(collapsed is not None)
+    figures["collapsed_at_end"] = float(collapsed_at_end(run.metrics, name))
     if collapsed is not None:
         figures["collapse_step"] = float(collapsed)
-        figures["collapsed_at_end"] = float(collapsed_at_end(run.metrics, name))
     figures["critical_alerts"] = float(sum(alert.severity == "critical" for alert in run.alerts))
     figures["actions"] = float(sum(alert.rule == "controller" for alert in run.alerts))
     figures["steps"] = float(run.last_step or 0)

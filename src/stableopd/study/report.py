@@ -99,13 +99,14 @@ def _mean(row: Row) -> str:
 
 def markdown(run: StudyRun) -> str:
     """The tables as Markdown, for a document."""
-    parts = [f"# {_in_markdown(headline(run, rows_of(run)))}\n"]
-    for title, rows in (("All pairs", rows_of(run)), *rows_by_pair(run).items()):
+    of_all = rows_of(run)
+    parts = [f"# {_in_markdown(headline(run, of_all))}\n"]
+    for title, rows in (("All pairs", of_all), *rows_by_pair(run).items()):
         names = columns(run)
         lines = [" | ".join(names), " | ".join("---" for _ in names)]
         lines += [" | ".join(_in_markdown(cell) for cell in cells_of_row(row)) for row in rows]
         parts.append(f"## {_in_markdown(title)}\n\n" + "".join(f"| {line} |\n" for line in lines))
-    if benchmarks := by_benchmark(rows_of(run)):
+    if benchmarks := by_benchmark(of_all):
         names, lines = benchmarks[0], [" | ".join(map(_in_markdown, row)) for row in benchmarks[1]]
         table = [" | ".join(map(_in_markdown, names)), " | ".join("---" for _ in names), *lines]
         parts.append(f"## {BY_BENCHMARK.capitalize()}\n\n" + "".join(f"| {line} |\n" for line in table))

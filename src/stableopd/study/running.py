@@ -76,9 +76,9 @@ def run_study(
     study.folder.mkdir(parents=True, exist_ok=True)
     with _locked(study.folder):
         results = study.folder / RESULTS
-        missing = _without_twins(study, cells, known)
-        last_jobs = {_jobs(study, twins[0], ask_again)[-1].name: twins for twins in missing}
-        jobs = list({job.name: job for twins in missing for job in _jobs(study, twins[0], ask_again)}.values())
+        planned = [(twins, _jobs(study, twins[0], ask_again)) for twins in _without_twins(study, cells, known)]
+        last_jobs = {needed[-1].name: twins for twins, needed in planned}
+        jobs = list({job.name: job for _, needed in planned for job in needed}.values())
         tell_total(sum(job.is_to_be_made for job in jobs))
 
         unread: list[Ended] = []

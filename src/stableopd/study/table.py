@@ -84,16 +84,11 @@ def _row(arm: str, outcomes: Sequence[Outcome], base: Sequence[Outcome], confide
         better=sum(twin.gain > _ROUNDING for twin in twins),
         paired=len(twins),
         collapsed=len(collapsed),
-        collapsed_at_end=sum(map(_is_collapsed_at_end, collapsed)),
+        collapsed_at_end=sum(outcome.figures.get("collapsed_at_end", 0.0) > 0 for outcome in collapsed),
         by_benchmark=_by_benchmark(outcomes, confidence),
         means={name: statistics.fmean(values) for name in MEANS if (values := _values(outcomes, name))},
         seconds=statistics.fmean(_values(outcomes, "step_time_s") or [0.0]),
     )
-
-
-def _is_collapsed_at_end(outcome: Outcome) -> bool:
-    """On the run's own held-out set; the verdict, which results of before the figure have, is over all sets."""
-    return bool(outcome.figures.get("collapsed_at_end", outcome.verdict == "collapsed"))
 
 
 def score(outcome: Outcome) -> float | None:

@@ -34,9 +34,10 @@ def print_study(console: Console, run: StudyRun) -> None:
     """One table over all pairs, one for each pair where there are several, and what failed."""
     if not run.outcomes:
         console.print("no run of this study has finished yet")
-    for title, rows in _tables(run):
+    tables = _tables(run)
+    for title, rows in tables:
         console.print(_table(title, columns(run), rows, narrow=console.width < _WIDE))
-    if benchmarks := by_benchmark(rows_of(run)):
+    if benchmarks := by_benchmark(tables[0][1] if tables else []):
         names, lines = benchmarks
         table = Table(title=BY_BENCHMARK, title_justify="left", box=SIMPLE_HEAD)
         for name in names:
